@@ -1,0 +1,79 @@
+"""Seeds, precision, and the record of what a run ran on. The only module that touches global state."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+
+from kerasmed import paths
+
+RECORDED_PACKAGES = ("kerasmed", "tensorflow", "keras", "numpy", "pandas", "scikit-learn", "scipy", "albumentations",
+                     "opencv-python-headless", "pillow", "joblib", "matplotlib", "papermill", "ipykernel")
+PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
+
+
+def setup(*, seed: int, precision: str = "float32", deterministic: bool = False) -> dict:
+    """Seed Python, NumPy and Keras, set the precision, and say what this process runs on.
+
+    Args:
+        seed: for `random`, `numpy` and Keras (initial weights, dropout).
+        precision: Keras dtype policy: "float32", "mixed_float16" or "mixed_bfloat16".
+        deterministic: make TensorFlow choose deterministic kernels, slower on a GPU.
+
+    Returns:
+        dict as of `describe`, with seed, precision and deterministic.
+
+    Raises:
+        ValueError: unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    keras.config.set_dtype_policy(precision)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        for gpu in tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.set_memory_growth(gpu, True)
+        if deterministic:
+            tf.config.experimental.enable_op_determinism()
+    return {**describe(), "seed": seed, "precision": precision, "deterministic": deterministic}
+
+
+def describe() -> dict:
+    """Return versions, source commit, platform and devices, without any personal name or path."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "devices": _devices(),
+        "commit": _commit(),
+        "versions": {name: _version(name) for name in RECORDED_PACKAGES},
+    }
+
+
+def _devices() -> list[str]:
+    """GPUs by name where TensorFlow is already loaded, else the CPU."""
+    tf = sys.modules.get("tensorflow")
+    gpus = tf.config.list_physical_devices("GPU") if tf else []
+    return [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus] or ["CPU"]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the checkout, with "-dirty" where tracked files differ; None outside git."""
+    try:
+        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+                                   cwd=paths.project_root(), capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None

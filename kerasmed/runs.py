@@ -1,0 +1,304 @@
+"""Run folders: one per notebook execution, written and read only here.
+
+`models/<system>/<notebook>-<profile>-<10 hex>/` holds status.json, params.json, environment.json, split.csv,
+history.csv, predictions.csv, metrics.json, the models, figures/ and notebook.ipynb; the variants of a notebook lie in
+`variants/<name>/`. A run is its folder, a `Path`. The ten digits are a hash of the notebook, its parameters, the data's
+fingerprint and the sources, so the same work finds the same folder and any change finds another. Every file is written
+under a temporary name and renamed: what has its final name is whole.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import html
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+
+from kerasmed import paths
+
+# Where things lie is no part of what a run computes.
+LOCATION_PARAMETERS = ("data_root", "models_root")
+KEY_DIGITS = 10
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; rename it to `path` if the block succeeds, delete it if not.
+
+    The suffix is kept, for writers that look at it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value):
+    """Turn NumPy values, paths, tuples and non-finite floats into what JSON has."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_json(path: str | os.PathLike, content) -> None:
+    """Write `content` whole; NumPy values are converted, NaN and infinity become null."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike):
+    """Read a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_table(path: str | os.PathLike, frame: pd.DataFrame) -> None:
+    """Write a DataFrame as CSV, whole, without its index."""
+    with whole(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def write_model(path: str | os.PathLike, model) -> None:
+    """Write a Keras model as `.keras`, whole."""
+    with whole(path) as temporary:
+        model.save(temporary)
+
+
+# --- identity --------------------------------------------------------------------------------------------------------
+
+def sources_hash(notebook: str) -> str:
+    """Hash the package's sources and the code cells of a notebook (but the parameters cell), hexadecimal."""
+    digest = hashlib.sha256()
+    package = Path(__file__).resolve().parent
+    for source in sorted(package.rglob("*.py")):
+        digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes())
+    path = paths.notebooks_root() / f"{notebook}.ipynb"
+    if path.is_file():
+        for cell in read_json(path)["cells"]:
+            if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", ()):
+                digest.update("".join(cell["source"]).encode())
+    return digest.hexdigest()
+
+
+def key(notebook: str, parameters: Mapping, fingerprint: str) -> str:
+    """Hash what determines a run's results: notebook, parameters (not locations), data and sources.
+
+    Returns:
+        10 hexadecimal digits.
+    """
+    identity = {"notebook": notebook, "data": fingerprint, "sources": sources_hash(notebook),
+                "parameters": {name: value for name, value in parameters.items() if name not in LOCATION_PARAMETERS}}
+    return hashlib.sha256(json.dumps(_plain(identity), sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
+
+
+def folder(system: str, notebook: str, parameters: Mapping, fingerprint: str, *, models_root=None) -> Path:
+    """Return the run folder that these inputs belong to, whether it exists or not."""
+    name = f"{notebook}-{parameters['profile']}-{key(notebook, parameters, fingerprint)}"
+    return paths.models_root(models_root) / system / name
+
+
+# --- a run's life ----------------------------------------------------------------------------------------------------
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def start(system: str, notebook: str, parameters: Mapping, *, fingerprint: str, data_source: str, environment: Mapping,
+          models_root=None) -> Path:
+    """Open a run's folder, new or left by a killed run, and write its status, parameters and environment.
+
+    Args:
+        system: "brain", "chest", "lumbar", "mura" or "tritask".
+        notebook: name without suffix, such as "07_brain_mri".
+        parameters: name to value; `profile` among them.
+        fingerprint: of the data, from `kerasmed.datasets.fingerprint`.
+        data_source: "real" or "synthetic".
+        environment: from `kerasmed.environment.setup`.
+        models_root: see `kerasmed.paths.models_root`.
+
+    Returns:
+        The run folder.
+    """
+    run = folder(system, notebook, parameters, fingerprint, models_root=models_root)
+    (run / "figures").mkdir(parents=True, exist_ok=True)
+    write_json(run / "params.json", parameters)
+    write_json(run / "environment.json", {**environment, "data_source": data_source, "fingerprint": fingerprint})
+    write_json(run / "status.json", {
+        "status": "running", "system": system, "notebook": notebook, "profile": parameters["profile"],
+        "data_source": data_source, "started": _now(), "pid": os.getpid(), "host": _host_hash(),
+    })
+    return run
+
+
+def _host_hash() -> str:
+    """Name of this machine, hashed: enough to ask whether a process of a run still lives here."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:10]
+
+
+def save_figure(run: Path, figure, name: str) -> Path:
+    """Write a matplotlib figure to `figures/<name>.png`; one made from synthetic data says so on itself."""
+    if read_json(run / "environment.json")["data_source"] == "synthetic":
+        figure.text(0.995, 0.005, "synthetic data", ha="right", va="bottom", fontsize=8, color="firebrick", alpha=0.8)
+    path = run / "figures" / f"{name}.png"
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+    return path
+
+
+def variant_folder(run: Path, variant: str) -> Path:
+    """Return (and make) the folder of a variant: `variants/<name>`, any "/" in the name written as "-"."""
+    path = run / "variants" / variant.replace("/", "-")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def promote(run: Path, variant: str, name: str) -> None:
+    """Copy the model chosen on validation up to `<name>.keras`, its history to `history-<name>.csv`."""
+    source = variant_folder(run, variant)
+    for origin, target in ((source / "model.keras", run / f"{name}.keras"),
+                           (source / "history.csv", run / f"history-{name}.csv")):
+        with whole(target) as temporary:
+            shutil.copyfile(origin, temporary)
+
+
+def finish(run: Path, *, headline: Sequence[Mapping], rows: Sequence[Mapping]) -> dict:
+    """Check and write metrics.json and mark the run complete.
+
+    Args:
+        run: the run folder.
+        headline: the rows that answer the notebook's question; their values are finite.
+        rows: dicts of `kerasmed.metrics.multiclass_rows`: task, variant, split, metric, label, value, ci95, n, n_groups,
+            baseline. An undefined value is None or NaN and has a `reason`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: no headline, a headline value that is not finite or has no baseline, an undefined row without a
+            reason.
+    """
+    if not headline:
+        raise ValueError("`headline` is empty; name at least one row that answers the notebook's question.")
+    for row in headline:
+        if row["value"] is None or not math.isfinite(row["value"]):
+            raise ValueError(f"headline {row['task']} {row['metric']} is {row['value']}; it must be finite: {row.get('reason')}")
+        if not row["baseline"]:
+            raise ValueError(f"headline {row['task']} {row['metric']} has no baseline beside it.")
+    for row in rows:
+        if (row["value"] is None or not math.isfinite(row["value"])) and not row.get("reason"):
+            raise ValueError(f"row {row['variant']} {row['metric']} {row['label']} has no value and no `reason`.")
+    content = {"data_source": read_json(run / "environment.json")["data_source"], "headline": list(headline), "rows": list(rows)}
+    write_json(run / "metrics.json", content)
+    set_status(run, "complete")
+    return content
+
+
+def set_status(run: Path, status: str, **details) -> None:
+    """Update status.json: "running", "complete" or "failed", the time, and any details."""
+    path = run / "status.json"
+    current = read_json(path) if path.exists() else {}
+    write_json(path, {**current, "status": status, "finished": _now(), **details})
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+def status(run: Path) -> dict:
+    """Read status.json; a run marked "running" whose process is gone from this machine reads as "interrupted"."""
+    path = run / "status.json"
+    if not path.exists():
+        return {"status": "absent"}
+    current = read_json(path)
+    if current["status"] == "running" and current["host"] == _host_hash() and not psutil.pid_exists(current["pid"]):
+        current["status"] = "interrupted"
+    return current
+
+
+def find(system: str, notebook: str | None = None, *, run: str | os.PathLike = "auto", models_root=None) -> Path:
+    """Find the run that a later step builds on.
+
+    Args:
+        system: whose runs.
+        notebook: of which notebook; None for any.
+        run: "auto" for the newest complete one, or the path or the folder name of one.
+        models_root: see `kerasmed.paths.models_root`.
+
+    Returns:
+        The run folder, complete.
+
+    Raises:
+        FileNotFoundError: there is none, with the command that makes one.
+    """
+    home = paths.models_root(models_root) / system
+    command = f"`kerasmed run {notebook or 'NOTEBOOK'}`"
+    if str(run) != "auto":
+        for candidate in (Path(run), home / str(run)):
+            if (candidate / "status.json").exists():
+                if status(candidate)["status"] != "complete":
+                    raise FileNotFoundError(f"run {candidate} is {status(candidate)['status']}, not complete; finish it with {command}.")
+                return candidate
+        raise FileNotFoundError(f"no run folder at {run}, nor under {home}; make one with {command}.")
+    complete = [path.parent for path in home.glob(f"{notebook or ''}*/status.json") if status(path.parent)["status"] == "complete"]
+    if not complete:
+        raise FileNotFoundError(f"no complete run of {notebook or system} under {home}; make one with {command}.")
+    return max(complete, key=lambda path: status(path)["finished"])
+
+
+def collect(models_root=None) -> pd.DataFrame:
+    """Read every run under a folder into one table: a row per headline number, or one per run that has none.
+
+    Args:
+        models_root: a folder that holds `<system>/<run>/status.json`, or one system's folder, or one run.
+
+    Returns:
+        DataFrame with run, status, data_source, task, variant, metric, label, value, ci_low, ci_high, baseline,
+        baseline_value, error, folder; newest run last.
+    """
+    top = paths.models_root(models_root)
+    found = sorted({path.parent for depth in ("", "*/", "*/*/") for path in top.glob(f"{depth}status.json")},
+                   key=lambda run: status(run).get("started", ""))
+    records = []
+    for run in found:
+        state = status(run)
+        common = {"run": run.name, "status": state["status"], "data_source": state.get("data_source"),
+                  "error": state.get("error"), "folder": str(run)}
+        headline = read_json(run / "metrics.json")["headline"] if state["status"] == "complete" else [{}]
+        for row in headline:
+            low, high = row.get("ci95") or (None, None)
+            records.append({**common, **{name: row.get(name) for name in ("task", "variant", "metric", "label", "value")},
+                            "ci_low": low, "ci_high": high, "baseline": (row.get("baseline") or {}).get("variant"),
+                            "baseline_value": (row.get("baseline") or {}).get("value")})
+    columns = ["run", "status", "data_source", "task", "variant", "metric", "label", "value", "ci_low", "ci_high", "baseline",
+               "baseline_value", "error", "folder"]
+    return pd.DataFrame(records, columns=columns)
+
+
+def write_html(path: str | os.PathLike, table: pd.DataFrame) -> None:
+    """Write a table of `collect` as one page without scripts or outside resources."""
+    style = ("body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.3em .7em;text-align:left;"
+             "border-bottom:1px solid #ddd}td:nth-child(n+8):nth-child(-n+10),td:nth-child(12){text-align:right}")
+    linked = table.assign(folder=[f'<a href="{Path(folder).as_uri()}">folder</a>' for folder in table["folder"]])
+    for column in linked.columns.drop(["folder"]):
+        linked[column] = linked[column].map(lambda value: "" if pd.isna(value) else f"{value:.3f}" if isinstance(value, float) else html.escape(str(value)))
+    with whole(path) as temporary:
+        temporary.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><title>kerasmed runs</title><style>{style}</style>"
+                             f"<h1>Runs</h1>{linked.to_html(index=False, escape=False, border=0)}</html>\n", encoding="utf-8")

@@ -1,0 +1,128 @@
+import json
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from kerasmed import runs
+
+PARAMETERS = {"profile": "smoke", "seed": 0, "image_size": [64, 64], "rate": 0.001}
+
+
+def _start(models_root=None, **changes):
+    options = {"fingerprint": "f", "data_source": "synthetic", "environment": {}, "models_root": models_root} | changes
+    return runs.start("brain", "07_brain_mri", PARAMETERS, **options)
+
+
+def _row(**changes):
+    return {"task": "t", "variant": "net", "split": "test", "metric": "accuracy", "label": "all", "value": 0.9, "ci95": [0.8, 1.0],
+            "n": 10, "n_groups": 5, "baseline": {"variant": "majority", "value": 0.5, "difference": 0.4, "difference_ci95": [0.3, 0.5]}} | changes
+
+
+def test_whole_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "a.json"
+    runs.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="stop"), runs.whole(path) as temporary:
+        temporary.write_text("half")
+        raise ValueError("stop")
+    assert runs.read_json(path) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_write_json_turns_numpy_and_nan_into_json(tmp_path):
+    runs.write_json(tmp_path / "a.json", {"a": np.float32(0.5), "b": float("nan"), "c": (np.int64(1), np.arange(2)), "d": tmp_path})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 0.5, "b": None, "c": [1, [0, 1]], "d": str(tmp_path)}
+
+
+def test_key_ignores_locations_and_order_and_sees_the_rest():
+    key = runs.key("07_brain_mri", PARAMETERS, "f")
+    assert len(key) == 10 and int(key, 16) >= 0
+    reordered = dict(reversed(list(PARAMETERS.items())))
+    assert runs.key("07_brain_mri", reordered | {"data_root": "/x", "models_root": "/y"}, "f") == key
+    assert runs.key("07_brain_mri", PARAMETERS | {"image_size": (64, 64)}, "f") == key
+    others = [runs.key("07_brain_mri", PARAMETERS | {"seed": 1}, "f"), runs.key("07_brain_mri", PARAMETERS, "g"), runs.key("06_x", PARAMETERS, "f")]
+    assert key not in others and len(set(others)) == 3
+
+
+def test_key_sees_a_change_of_the_notebooks_code_not_of_its_text(tmp_path, monkeypatch):
+    (tmp_path / "notebooks/params").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, code):
+        cells = [{"cell_type": "markdown", "source": [text], "metadata": {}}, {"cell_type": "code", "source": [code], "metadata": {}}]
+        (tmp_path / "notebooks/n.ipynb").write_text(json.dumps({"cells": cells}))
+        return runs.key("n", PARAMETERS, "f")
+
+    assert write("a", "1") == write("b", "1") != write("a", "2")
+
+
+def test_start_and_finish_leave_a_complete_folder():
+    run = _start()
+    assert runs.status(run)["status"] == "running" and runs.status(run)["pid"] == os.getpid()
+    runs.finish(run, headline=[_row()], rows=[_row(), _row(variant="majority", baseline=None)])
+    assert runs.status(run)["status"] == "complete"
+    assert runs.read_json(run / "metrics.json")["data_source"] == "synthetic"
+    assert runs.read_json(run / "params.json") == PARAMETERS
+    assert runs.find("brain", "07_brain_mri") == run
+
+
+@pytest.mark.parametrize(("headline", "rows", "message"), [
+    ([], [], "`headline` is empty"),
+    ([_row(value=float("nan"))], [], "must be finite"),
+    ([_row(baseline=None)], [], "no baseline beside it"),
+    ([_row()], [_row(value=None)], "no `reason`"),
+])
+def test_finish_refuses_numbers_that_cannot_be_trusted(headline, rows, message):
+    run = _start()
+    with pytest.raises(ValueError, match=message):
+        runs.finish(run, headline=headline, rows=rows)
+    assert runs.status(run)["status"] == "running" and not (run / "metrics.json").exists()
+
+
+def test_status_of_a_dead_process_is_interrupted():
+    run = _start()
+    runs.write_json(run / "status.json", runs.read_json(run / "status.json") | {"pid": 2 ** 22 + 1})
+    assert runs.status(run)["status"] == "interrupted"
+
+
+def test_find_takes_the_newest_complete_and_says_what_to_do_without():
+    with pytest.raises(FileNotFoundError, match="make one with `kerasmed run 07_brain_mri`"):
+        runs.find("brain", "07_brain_mri")
+    old, new = _start(fingerprint="1"), _start(fingerprint="2")
+    for run, when in ((old, "2026-01-01"), (new, "2026-01-02")):
+        runs.finish(run, headline=[_row()], rows=[_row()])
+        runs.write_json(run / "status.json", runs.read_json(run / "status.json") | {"finished": when})
+    unfinished = _start(fingerprint="3")
+    assert runs.find("brain") == new
+    assert runs.find("brain", run=old.name) == old
+    assert runs.find("brain", run=old) == old
+    with pytest.raises(FileNotFoundError, match="is running, not complete"):
+        runs.find("brain", run=unfinished)
+
+
+def test_save_figure_marks_synthetic_data_and_only_these():
+    for source, marks in (("synthetic", 1), ("real", 0)):
+        run, figure = _start(data_source=source), Figure()
+        assert runs.save_figure(run, figure, "a").stat().st_size > 0
+        assert sum(text.get_text() == "synthetic data" for text in figure.texts) == marks
+
+
+def test_collect_tabulates_complete_and_failed_runs(tmp_path):
+    done, failed = _start(fingerprint="1"), _start(fingerprint="2")
+    runs.finish(done, headline=[_row(), _row(metric="balanced_accuracy")], rows=[_row()])
+    runs.set_status(failed, "failed", error="cell 3: <ValueError>")
+    table = runs.collect()
+    assert table["status"].value_counts().to_dict() == {"complete": 2, "failed": 1}
+    assert table.loc[table["metric"] == "accuracy", ["value", "ci_low", "ci_high", "baseline", "baseline_value"]].values.tolist() == [[0.9, 0.8, 1.0, "majority", 0.5]]
+    assert len(runs.collect(done)) == 2 and len(runs.collect(done.parent)) == 3
+    runs.write_html(tmp_path / "t.html", table)
+    page = (tmp_path / "t.html").read_text()
+    assert "&lt;ValueError&gt;" in page and "0.900" in page and "<script" not in page
+
+
+def test_write_table_round_trips(tmp_path):
+    frame = pd.DataFrame({"a": [1, 2], "b": ["x, y", None]})
+    runs.write_table(tmp_path / "t.csv", frame)
+    assert pd.read_csv(tmp_path / "t.csv")["b"].tolist()[0] == "x, y"

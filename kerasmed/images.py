@@ -1,0 +1,131 @@
+"""Image file -> uint8 grey array: the one reader for decoded store, prediction and app.
+
+What happens before the pixels reach a model is decided by this function's options alone, and these are kept in a run's
+params.json, so that a prediction sees what training saw.
+"""
+
+import io
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+FITS = ("stretch", "pad")
+INTERPOLATIONS = {"area": cv2.INTER_AREA, "linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC, "nearest": cv2.INTER_NEAREST}
+# A file that claims more is refused before its pixels are read: 100 megapixels decode to 100 MB of grey.
+MAX_PIXELS = 100_000_000
+THUMBNAIL_SIZE = (64, 64)
+
+
+class ImageError(ValueError):
+    """A file that is no whole, readable image; the message is the reason."""
+
+
+def read(path, *, image_size: tuple[int, int] | None = None, fit: str = "stretch", interpolation: str = "area",
+         equalize: bool = False) -> np.ndarray:
+    """Read an image file as one channel of uint8.
+
+    Colour becomes luma (ITU-R 601), transparency is composited on black, CMYK is converted, EXIF rotation is applied.
+    8 bits are kept; deeper pixels are scaled by their own range, from their minimum to 0 and their maximum to 255, so
+    that 12 bits in a 16-bit file come out neither black nor clipped.
+
+    Args:
+        path: file, or a binary file object.
+        image_size: (height, width) to resize to; None keeps the size.
+        fit: "stretch" ignores the aspect ratio; "pad" keeps it and fills with black.
+        interpolation: "area" (default), "linear", "cubic" or "nearest".
+        equalize: equalise the histogram after resizing.
+
+    Returns:
+        uint8 array, shape (height, width).
+
+    Raises:
+        ImageError: empty, truncated, no image, or more than `MAX_PIXELS` pixels.
+        ValueError: unknown option.
+    """
+    data = path.read() if hasattr(path, "read") else Path(path).read_bytes()
+    return finish(_to_grey(_decode(data)), image_size=image_size, fit=fit, interpolation=interpolation, equalize=equalize)
+
+
+def finish(image: np.ndarray, *, image_size: tuple[int, int] | None = None, fit: str = "stretch", interpolation: str = "area",
+           equalize: bool = False) -> np.ndarray:
+    """Do what `read` does after decoding, with its options, to a uint8 array (height, width)."""
+    if fit not in FITS or interpolation not in INTERPOLATIONS:
+        raise ValueError(f"`fit` is {fit!r} and `interpolation` {interpolation!r}; expected one of {FITS} and {tuple(INTERPOLATIONS)}.")
+    if image_size is not None:
+        image = resize(image, image_size, fit=fit, interpolation=interpolation)
+    return cv2.equalizeHist(image) if equalize else image
+
+
+def resize(image: np.ndarray, image_size: tuple[int, int], *, fit: str = "stretch", interpolation: str = "area") -> np.ndarray:
+    """Resize a uint8 array (height, width) to `image_size` = (height, width); see `read` for the options."""
+    height, width = image_size
+    if fit == "stretch":
+        return cv2.resize(image, (width, height), interpolation=INTERPOLATIONS[interpolation])
+    scale = min(height / image.shape[0], width / image.shape[1])
+    inner = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    padded = np.zeros((height, width), np.uint8)
+    padded[top:top + inner[0], left:left + inner[1]] = cv2.resize(image, inner[::-1], interpolation=INTERPOLATIONS[interpolation])
+    return padded
+
+
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """Shrink a uint8 array to 64×64 by area: what duplicates, groups and the nearest neighbour are judged on."""
+    return resize(image, THUMBNAIL_SIZE)
+
+
+def _decode(data: bytes) -> np.ndarray:
+    """Decode bytes to an array (H, W[, C]); 8-bit JPEG and PNG by OpenCV, which is faster, all else by Pillow."""
+    if not data:
+        raise ImageError("empty file (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of decompression bombs; the size is checked here, against a stated limit.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            header = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ImageError(f"not an image (starts with {data[:12]!r})") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"unreadable header: {error}") from None
+    if header.width * header.height > MAX_PIXELS:
+        raise ImageError(f"{header.width}×{header.height} pixels, more than the {MAX_PIXELS} that are read")
+    # OpenCV returns a truncated JPEG or PNG as if it were whole (it only prints), so the end is looked for here.
+    if header.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise ImageError("truncated JPEG (no end marker after the last scan)")
+    if header.format == "PNG" and b"IEND" not in data[-64:]:
+        raise ImageError("truncated PNG (no end chunk)")
+    rotated = "exif" in header.info and header.getexif().get(0x0112, 1) != 1
+    if header.format in ("JPEG", "PNG") and header.mode in ("L", "RGB", "RGBA", "I;16") and not rotated:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if image is None:
+            raise ImageError(f"damaged {header.format} (decoder gave up)")
+        return image[..., [2, 1, 0, 3][:image.shape[2]]] if image.ndim == 3 else image
+    try:
+        image = ImageOps.exif_transpose(header)
+        deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+        return np.asarray(image if deep or image.mode == "L" else image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"damaged {header.format}: {error}") from None
+
+
+def _to_grey(image: np.ndarray) -> np.ndarray:
+    """Scale to 8 bits, composite on black, and take the luma of an array (H, W[, 1, 3 or 4]), RGB order."""
+    if image.dtype != np.uint8:
+        image = _scale_by_range(image)
+    if image.ndim == 2:
+        return image
+    if image.shape[2] == 4:
+        alpha = image[..., 3:].astype(np.float32) / 255
+        image = np.rint(image[..., :3] * alpha).astype(np.uint8)
+    return image[..., 0] if image.shape[2] == 1 else cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
+
+
+def _scale_by_range(image: np.ndarray) -> np.ndarray:
+    """Map an array's own minimum to 0 and maximum to 255; a constant array becomes 0."""
+    image = np.nan_to_num(image.astype(np.float32))
+    low, high = float(image.min()), float(image.max())
+    return np.rint((image - low) * (255 / (high - low))).astype(np.uint8) if high > low else np.zeros(image.shape, np.uint8)

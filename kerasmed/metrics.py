@@ -1,0 +1,218 @@
+"""Metrics with intervals, and the baseline rows that stand beside them.
+
+Images of one patient are no independent draws, so intervals come from a bootstrap over groups: whole groups are drawn
+with replacement, 1,000 times, seeded, and the 2.5th and 97.5th percentiles are reported. Every metric is computed from
+weights, one per image (how often its group was drawn), so that all draws are one matrix product, and two models are
+compared on the same draws.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+BOOTSTRAPS = 1000
+MAJORITY, NEAREST_NEIGHBOUR = "majority", "nearest_neighbour"
+BASELINES = (MAJORITY, NEAREST_NEIGHBOUR)
+
+
+def bootstrap_weights(groups: Sequence, *, num_draws: int = BOOTSTRAPS, seed: int = 0) -> np.ndarray:
+    """Draw groups with replacement and count how often each image is in each draw.
+
+    Args:
+        groups: shape (num_images,): group of each image.
+        num_draws: bootstrap draws.
+        seed: of the draws.
+
+    Returns:
+        float32 array, shape (num_draws, num_images).
+    """
+    _, group_of_image = np.unique(np.asarray(groups).astype(str), return_inverse=True)
+    num_groups = group_of_image.max() + 1
+    counts = np.random.default_rng(seed).multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=num_draws)
+    return counts.astype(np.float32)[:, group_of_image]
+
+
+def confusion(class_ids: np.ndarray, predicted: np.ndarray, num_classes: int, weights: np.ndarray) -> np.ndarray:
+    """Count true against predicted classes under each row of weights.
+
+    Args:
+        class_ids, predicted: int arrays, shape (num_images,).
+        num_classes: how many there are.
+        weights: shape (num_draws, num_images).
+
+    Returns:
+        float64 array, shape (num_draws, num_classes, num_classes), rows true, columns predicted.
+    """
+    cell = np.zeros((len(class_ids), num_classes ** 2), np.float32)
+    cell[np.arange(len(class_ids)), class_ids * num_classes + predicted] = 1
+    return (weights @ cell).astype(np.float64).reshape(-1, num_classes, num_classes)
+
+
+def auroc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve under each row of weights: the chance that a positive outscores a negative, ties half.
+
+    Args:
+        positive: bool array, shape (num_images,).
+        scores: float array, shape (num_images,).
+        weights: shape (num_draws, num_images).
+
+    Returns:
+        float64 array, shape (num_draws,); NaN where a draw has no positive or no negative.
+
+    Example:
+        >>> auroc(np.array([False, True, True]), np.array([0.2, 0.2, 0.9]), np.ones((1, 3))).tolist()
+        [0.75]
+    """
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # first image of each run of equal scores
+    ordered, is_positive = weights[:, order].astype(np.float64), positive[order]
+    positives = np.add.reduceat(ordered * is_positive, starts, axis=1)
+    negatives = np.add.reduceat(ordered * ~is_positive, starts, axis=1)
+    negatives_below = np.cumsum(negatives, axis=1) - negatives
+    pairs = positives.sum(axis=1) * negatives.sum(axis=1)
+    won = (positives * (negatives_below + negatives / 2)).sum(axis=1)
+    return np.divide(won, pairs, out=np.full(len(won), np.nan), where=pairs > 0)
+
+
+def _ratio(numerator, denominator):
+    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)
+
+
+def multiclass(class_ids: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], weights: np.ndarray) -> dict:
+    """Compute the metrics of exclusive classes under each row of weights.
+
+    Accuracy; balanced accuracy (mean sensitivity of the classes that occur); macro F1 and macro AUROC (one against the
+    rest) likewise over the classes that occur; and of each class sensitivity (recall), specificity, precision, AUROC.
+
+    Args:
+        class_ids: int array, shape (num_images,).
+        probabilities: shape (num_images, num_classes); the largest is the prediction.
+        class_names: label of each class.
+        weights: shape (num_draws, num_images); a row of ones gives the plain metrics.
+
+    Returns:
+        dict (metric, label) -> float array (num_draws,); the label of a metric over all classes is "all".
+    """
+    num_classes = len(class_names)
+    table = confusion(class_ids, probabilities.argmax(axis=1), num_classes, weights)
+    right, true, predicted = np.diagonal(table, axis1=1, axis2=2), table.sum(axis=2), table.sum(axis=1)
+    total = table.sum(axis=(1, 2))
+    occurs = true > 0
+    sensitivity = _ratio(right, true)
+    f1 = np.where(occurs, _ratio(2 * right, true + predicted), np.nan)
+    areas = np.stack([auroc(class_ids == position, probabilities[:, position], weights) for position in range(num_classes)], axis=1)
+    # A draw always holds an image, so at least one class occurs; AUROC needs two.
+    macro_area = _ratio(np.nansum(areas, axis=1), np.isfinite(areas).sum(axis=1))
+    results = {
+        ("accuracy", "all"): right.sum(axis=1) / total,
+        ("balanced_accuracy", "all"): np.nanmean(sensitivity, axis=1),
+        ("macro_f1", "all"): np.nanmean(f1, axis=1),
+        ("macro_auroc", "all"): macro_area,
+    }
+    others = total[:, None] - true
+    specificity = _ratio(others - (predicted - right), others)
+    precision = _ratio(right, predicted)
+    for position, name in enumerate(class_names):
+        results["sensitivity", name] = sensitivity[:, position]
+        results["specificity", name] = specificity[:, position]
+        results["precision", name] = precision[:, position]
+        results["auroc", name] = areas[:, position]
+    return results
+
+
+def interval(draws: np.ndarray) -> list[float] | None:
+    """95 % percentile interval of bootstrap draws, None where more than half of them are undefined."""
+    defined = draws[np.isfinite(draws)]
+    return None if len(defined) * 2 < len(draws) else np.percentile(defined, [2.5, 97.5]).tolist()
+
+
+def majority_probabilities(train_ids: np.ndarray, num_rows: int, num_classes: int) -> np.ndarray:
+    """Baseline: give every row the class shares of the training split, whose largest is the majority class.
+
+    Returns:
+        float array, shape (num_rows, num_classes).
+    """
+    return np.tile(np.bincount(train_ids, minlength=num_classes) / len(train_ids), (num_rows, 1))
+
+
+def multiclass_rows(class_ids: np.ndarray, probabilities: Mapping[str, np.ndarray], groups: Sequence, class_names: Sequence[str], *,
+                    task: str, split: str = "test", prefix: str = "", num_draws: int = BOOTSTRAPS, seed: int = 0) -> list[dict]:
+    """Tabulate every variant's metrics with intervals, each beside the strongest baseline on the same draws.
+
+    Args:
+        class_ids: int array, shape (num_images,).
+        probabilities: variant -> array (num_images, num_classes); at least one of `BASELINES` among the variants.
+        groups: shape (num_images,), for the bootstrap.
+        class_names: label of each class.
+        task: what is classified, for the table.
+        split: what the images are, for the table; never the split that steered early stopping or a threshold.
+        prefix: put before the label "all", where only some of a task's classes are scored.
+        num_draws: bootstrap draws.
+        seed: of the draws.
+
+    Returns:
+        List of dicts: task, variant, split, metric, label, value, ci95 [low, high], n, n_groups, baseline, reason.
+        `baseline` is None on a baseline's own row, else {variant, value, difference, difference_ci95} of the strongest.
+        `value` is None where the metric is undefined, and `reason` then says why.
+
+    Raises:
+        ValueError: no baseline, no image, or a shape that does not fit.
+    """
+    baselines = [name for name in probabilities if name in BASELINES]
+    if not baselines:
+        raise ValueError(f"`probabilities` hold no baseline, only {list(probabilities)}; add one of {BASELINES}.")
+    if not len(class_ids):
+        raise ValueError(f"the {split} split of {task} has no image; change the shares or the seed of the split.")
+    for name, values in probabilities.items():
+        if np.shape(values) != (len(class_ids), len(class_names)) or not np.isfinite(values).all():
+            raise ValueError(f"`probabilities` of {name} have shape {np.shape(values)}; expected {(len(class_ids), len(class_names))}, all finite.")
+    draws = bootstrap_weights(groups, num_draws=num_draws, seed=seed)
+    once = np.ones((1, len(class_ids)), np.float32)
+    points = {name: multiclass(class_ids, values, class_names, once) for name, values in probabilities.items()}
+    spreads = {name: multiclass(class_ids, values, class_names, draws) for name, values in probabilities.items()}
+    present = set(np.asarray(class_names)[np.unique(class_ids)])
+    common = {"task": task, "split": split, "n": len(class_ids), "n_groups": len(np.unique(np.asarray(groups).astype(str)))}
+    rows = []
+    for name in probabilities:
+        for key, value in points[name].items():
+            metric, label = key
+            value = float(value[0])
+            row = {**common, "variant": name, "metric": metric, "label": prefix + label if label == "all" else label,
+                   "value": None if np.isnan(value) else value, "ci95": None, "baseline": None}
+            if np.isnan(value):
+                row["reason"] = (f"no {label} in the {split} split" if label not in present and label != "all"
+                                 else "never predicted" if metric == "precision" else "one class only")
+            else:
+                row["ci95"] = interval(spreads[name][key])
+                rivals = [rival for rival in baselines if np.isfinite(points[rival][key][0])]
+                if name not in BASELINES and rivals:
+                    best = max(rivals, key=lambda rival: points[rival][key][0])
+                    row["baseline"] = {"variant": best, "value": float(points[best][key][0]),
+                                       "difference": value - float(points[best][key][0]),
+                                       "difference_ci95": interval(spreads[name][key] - spreads[best][key])}
+            rows.append(row)
+    return rows
+
+
+def tabulate(rows: Sequence[Mapping]) -> pd.DataFrame:
+    """Lay rows of `multiclass_rows` out for reading: value with interval, baseline, and difference with interval.
+
+    Returns:
+        DataFrame: task, label, metric, variant, shown, baseline, difference, n, n_groups.
+    """
+    records = []
+    for row in rows:
+        rival = row["baseline"]
+        records.append({
+            **{name: row[name] for name in ("task", "label", "metric", "variant")},
+            "shown": row["reason"] if row["value"] is None else _with_interval(row["value"], row["ci95"]),
+            "baseline": f"{rival['variant']} {rival['value']:.3f}" if rival else "",
+            "difference": _with_interval(rival["difference"], rival["difference_ci95"], "+") if rival else "",
+            "n": row["n"], "n_groups": row["n_groups"],
+        })
+    return pd.DataFrame(records)
+
+
+def _with_interval(value, ends, sign=""):
+    return f"{value:{sign}.3f}" + (f" [{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]" if ends else "")

@@ -1,0 +1,153 @@
+"""Figures: each function returns a matplotlib figure with a title, units and a legend where there is one to need.
+
+`kerasmed.runs.save_figure` writes them, and marks those made from synthetic data.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+COLOURS = ("#3b6ea5", "#d98c3f", "#5b9a68", "#b5524d", "#7d6aa8", "#6f6f6f")
+
+
+def _figure(width, height, rows=1, columns=1, **options):
+    # No pyplot: a notebook displays what a cell returns, and nothing is kept open.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def image_grid(images: np.ndarray, captions: Sequence[str], *, title: str, columns: int = 8, row_labels: Sequence[str] = ()) -> Figure:
+    """Show uint8 images (num_images, height, width) in a grid, each under its caption, black at 0 and white at 255."""
+    rows = -(-len(images) // columns)
+    figure, axes = _figure(1.5 * columns, 1.65 * rows + 0.4, rows, columns)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, caption in zip(axes.flat, images, captions):
+        axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axis.set_title(caption, fontsize=7)
+    for axis, label in zip(axes[:, 0], row_labels):
+        axis.text(-0.08, 0.5, label, transform=axis.transAxes, rotation=90, ha="right", va="center", fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def class_counts(counts: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
+    """Draw images a class and split, stacked, a panel a task; `counts` are of `splits.groups_per_split`."""
+    figure, axes = _figure(5.5 * len(counts), 3, 1, len(counts))
+    for axis, (task, table) in zip(axes[0], counts.items()):
+        left = np.zeros(len(table))
+        for colour, split in zip(COLOURS, ("train", "valid", "test")):
+            values = table[split, "images"].to_numpy()
+            axis.barh(table.index, values, left=left, color=colour, label=split)
+            left += values
+        for position, (name, total) in enumerate(zip(table.index, left)):
+            num_groups = int(table.loc[name].xs("groups", level=1).sum())
+            axis.text(total, position, f" {int(total)} in {num_groups} groups", va="center", fontsize=8)
+        axis.set(title=task, xlabel="images", xlim=(0, left.max() * 1.4))
+        axis.invert_yaxis()
+        axis.legend(fontsize=8, loc="lower right")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def group_sizes(sizes: Mapping[str, np.ndarray], *, title: str) -> Figure:
+    """Draw how many images the groups of each task hold."""
+    figure, axes = _figure(4.5 * len(sizes), 2.8, 1, len(sizes))
+    for axis, (task, values) in zip(axes[0], sizes.items()):
+        axis.hist(values, bins=np.arange(0.5, values.max() + 1.5), color=COLOURS[0])
+        axis.set(title=f"{task}: {len(values)} groups of {int(values.sum())} images", xlabel="images in a group", ylabel="groups", yscale="log")
+        axis.set_ylim(bottom=0.5)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def learning_curves(histories: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
+    """Draw loss and accuracy by epoch, training and validation; a dashed line marks the epoch that was kept."""
+    figure, axes = _figure(9, 2.8 * len(histories), len(histories), 2)
+    for row, (name, history) in zip(axes, histories.items()):
+        best = history.loc[history["val_loss"].idxmin(), "epoch"]
+        for axis, metric in zip(row, ("loss", "accuracy")):
+            axis.plot(history["epoch"], history[metric], color=COLOURS[0], label="train")
+            axis.plot(history["epoch"], history[f"val_{metric}"], color=COLOURS[1], label="validation")
+            axis.axvline(best, color="grey", linestyle="--", linewidth=1, label=f"kept: epoch {best}")
+            axis.set(title=f"{name}: {metric}", xlabel="epoch", ylabel=metric)
+            axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def confusion(tables: Mapping[str, np.ndarray], class_names: Mapping[str, Sequence[str]], *, title: str) -> Figure:
+    """Draw confusion matrices: colour is the share of the true class, the figure in a cell the number of images."""
+    figure, axes = _figure(4.8 * len(tables), 4.2, 1, len(tables))
+    for axis, (name, table) in zip(axes[0], tables.items()):
+        totals = table.sum(axis=1, keepdims=True)
+        shares = np.divide(table, totals, out=np.zeros_like(table, dtype=float), where=totals > 0)
+        mesh = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(table):
+            axis.text(column, row, int(count), ha="center", va="center", color="white" if shares[row, column] > 0.5 else "black")
+        ticks = range(len(table))
+        axis.set_xticks(ticks, class_names[name], rotation=30, ha="right", fontsize=8)
+        axis.set_yticks(ticks, class_names[name], fontsize=8)
+        axis.set(title=name, xlabel="predicted class", ylabel="true class")
+    figure.colorbar(mesh, ax=axes[0].tolist(), label="share of the true class", shrink=0.8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def metric_intervals(rows: Sequence[Mapping], *, metrics: Sequence[str], title: str, ceilings: Mapping[str, float] | None = None) -> Figure:
+    """Draw the value and 95 % interval of each variant, a panel a task, baselines among them.
+
+    Args:
+        rows: of `kerasmed.metrics.multiclass_rows`; those labelled "all" are drawn.
+        metrics: which ones, in order.
+        title: of the figure.
+        ceilings: task -> best attainable value, where it is known.
+    """
+    table = pd.DataFrame([row for row in rows if row["label"] == "all" and row["metric"] in metrics])
+    tasks = list(dict.fromkeys(table["task"]))
+    figure, axes = _figure(5.5 * len(tasks), 0.45 * len(metrics) * table["variant"].nunique() + 1.4, 1, len(tasks))
+    for axis, task in zip(axes[0], tasks):
+        labels = []
+        for position, row in enumerate(row for metric in metrics for row in table[(table["task"] == task) & (table["metric"] == metric)].to_dict("records")):
+            is_model = row["baseline"] is not None
+            low, high = row["ci95"]
+            axis.plot([low, high], [position] * 2, color=COLOURS[0] if is_model else COLOURS[5], linewidth=2)
+            axis.plot(row["value"], position, "o", color=COLOURS[0] if is_model else COLOURS[5])
+            axis.text(row["value"], position - 0.22, f"{row['value']:.3f}", ha="center", va="bottom", fontsize=7)
+            labels.append(f"{row['metric'].replace('_', ' ')}: {row['variant'].replace('_', ' ')}")
+        if ceilings and task in ceilings:
+            axis.axvline(ceilings[task], color=COLOURS[3], linestyle="--", linewidth=1, label=f"ceiling {ceilings[task]:.2f}")
+            axis.legend(fontsize=8, loc="lower left")
+        axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        axis.set(title=task, xlabel="value, 95 % interval over groups", xlim=(0, 1.02), ylim=(len(labels) - 0.4, -0.7))
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def model_diagram(model, *, title: str) -> Figure:
+    """Draw a model block by block: layers whose names share the part before the first "_" are one box.
+
+    A box gives the block's name, its layer types, the shape that it puts out and its number of weights.
+    """
+    blocks: dict[str, list] = {}
+    for layer in model.layers:
+        blocks.setdefault(layer.name.split("_")[0], []).append(layer)
+    figure, axes = _figure(min(1.9 * len(blocks), 18), 2.3)
+    axis = axes[0, 0]
+    for position, (name, members) in enumerate(blocks.items()):
+        kinds = ", ".join(dict.fromkeys(type(layer).__name__.removesuffix("2D") for layer in members))
+        shape = "×".join(str(side) for side in members[-1].output.shape[1:])
+        weights = sum(layer.count_params() for layer in members)
+        axis.add_patch(FancyBboxPatch((position * 1.2, 0), 1, 1, boxstyle="round,pad=0.02", facecolor="#e8eef5", edgecolor=COLOURS[0]))
+        axis.text(position * 1.2 + 0.5, 0.86, name, ha="center", va="center", fontsize=8, weight="bold")
+        axis.text(position * 1.2 + 0.5, 0.48, kinds.replace(", ", "\n"), ha="center", va="center", fontsize=6)
+        axis.text(position * 1.2 + 0.5, 0.08, f"{shape}\n{weights:,} weights", ha="center", va="bottom", fontsize=6)
+        if position:
+            axis.annotate("", (position * 1.2 - 0.02, 0.5), (position * 1.2 - 0.18, 0.5), arrowprops={"arrowstyle": "->", "color": "grey"})
+    axis.set(xlim=(-0.1, len(blocks) * 1.2), ylim=(-0.1, 1.1))
+    axis.set_axis_off()
+    figure.suptitle(f"{title}: {model.count_params():,} weights", fontsize=11)
+    return figure

@@ -1,0 +1,78 @@
+"""Grouped, stratified splits: no patient, study or similarity group is ever cut."""
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold
+
+
+def assign(manifest: pd.DataFrame, class_names, *, test_share: float = 0.15, valid_share: float = 0.15, seed: int = 0) -> pd.DataFrame:
+    """Split rows anew into train, valid and test by `group_id`, with each class's share kept.
+
+    The groups are dealt into twenty stratified folds, and whole folds make up the splits, so shares are met to about
+    one twentieth of the images, or one group where groups are large. A class of fewer groups than splits is absent
+    from some; `groups_per_split` shows it.
+
+    Args:
+        manifest: rows with `group_id` and exclusive label columns.
+        class_names: label columns; exactly one is 1 in a row.
+        test_share: share of images in test, in [0, 1).
+        valid_share: share of images in valid, in (0, 1); with `test_share` below 1.
+        seed: of the shuffle.
+
+    Returns:
+        A copy with `split` assigned.
+
+    Raises:
+        ValueError: missing group ids, shares out of range, fewer than three groups.
+    """
+    if not (0 <= test_share and 0 < valid_share and test_share + valid_share < 1):
+        raise ValueError(f"shares are test {test_share} and valid {valid_share}; expected test >= 0, valid > 0, together below 1.")
+    num_folds = _check_groups(manifest, 20)
+    fold = folds(manifest, class_names, num_folds=num_folds, seed=seed)
+    num_test = max(1, round(test_share * num_folds)) if test_share else 0
+    num_valid = max(1, round(valid_share * num_folds))
+    if num_test + num_valid >= num_folds:
+        raise ValueError(f"{num_folds} groups are too few for shares of test {test_share} and valid {valid_share}; lower them or add data.")
+    split = np.where(fold < num_test, "test", np.where(fold < num_test + num_valid, "valid", "train"))
+    return manifest.assign(split=split)
+
+
+def folds(manifest: pd.DataFrame, class_names, *, num_folds: int = 5, seed: int = 0) -> np.ndarray:
+    """Deal rows into folds by `group_id`, each class spread evenly.
+
+    Returns:
+        int array, shape (num_rows,): the fold in which a row is held out.
+    """
+    num_folds = _check_groups(manifest, num_folds)
+    labels = manifest[list(class_names)].to_numpy()
+    if not (np.nansum(labels, axis=1) == 1).all():
+        raise ValueError("labels are not exclusive; splitting several labels a row needs multi-label stratification.")
+    fold = np.zeros(len(manifest), int)
+    # scikit-learn warns where a class has fewer images than folds; the folds are still the best there are.
+    splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+    for index, (_, held_out) in enumerate(splitter.split(labels, labels.argmax(axis=1), manifest["group_id"].astype(str))):
+        fold[held_out] = index
+    return fold
+
+
+def _check_groups(manifest, num_folds):
+    if manifest["group_id"].isna().any():
+        raise ValueError(f"`group_id` is missing in {int(manifest['group_id'].isna().sum())} rows; use the patient, or "
+                         "`audit.similarity_groups` where patients are unknown.")
+    num_groups = manifest["group_id"].nunique()
+    if num_groups < 3:
+        raise ValueError(f"{num_groups} groups cannot fill train, valid and test; at least 3 are needed.")
+    return min(num_folds, num_groups)
+
+
+def groups_per_split(manifest: pd.DataFrame, class_names) -> pd.DataFrame:
+    """Count images and groups of each class in each split: what a reader checks before trusting a number.
+
+    Returns:
+        DataFrame indexed by class, columns (split, "images" or "groups").
+    """
+    long = manifest.melt(["group_id", "split"], list(class_names), "class", "present").query("present == 1")
+    grouped = long.groupby(["class", "split"])["group_id"].agg(images="size", groups="nunique").unstack("split", fill_value=0)
+    grouped = grouped.swaplevel(axis=1)
+    columns = [(split, what) for split in ("train", "valid", "test") for what in ("images", "groups")]
+    return grouped.reindex(index=list(class_names), columns=pd.MultiIndex.from_tuples(columns), fill_value=0)

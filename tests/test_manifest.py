@@ -1,0 +1,48 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from kerasmed import manifest
+
+CLASSES = ("a", "b")
+
+
+@pytest.fixture
+def frame():
+    return pd.DataFrame({"image_path": ["x/1.png", "x/2.png"], "patient_id": pd.NA, "study_id": pd.NA, "group_id": ["g", "h"],
+                         "split": ["train", "test"], "a": [1, 0], "b": [0, 1]})
+
+
+def test_validate_good_table_is_returned(frame):
+    assert manifest.validate(frame, CLASSES, exclusive=True) is frame
+
+
+@pytest.mark.parametrize(("column", "value", "message"), [
+    ("image_path", "../secret.png", "column image_path leaves the data root in 1 of 2 rows"),
+    ("image_path", "/etc/secret.png", "leaves the data root"),
+    ("image_path", "x/2.png", "is not unique in 2 of 2 rows"),
+    ("split", "validation", "column split is none of"),
+    ("a", 2, "column a is not 1, 0 or NaN"),
+    ("b", 1, "mark none or several classes"),
+])
+def test_validate_names_column_rows_and_mend(frame, column, value, message):
+    frame.loc[0, column] = value
+    with pytest.raises(ValueError, match=message):
+        manifest.validate(frame, CLASSES, exclusive=True)
+
+
+def test_validate_unknown_label_is_allowed_where_not_exclusive(frame):
+    manifest.validate(frame.assign(a=[np.nan, 1.0]), CLASSES)
+
+
+def test_validate_missing_column_and_empty_table_are_refused(frame):
+    with pytest.raises(ValueError, match=r"lacks the columns \['group_id'\]"):
+        manifest.validate(frame.drop(columns="group_id"), CLASSES)
+    with pytest.raises(ValueError, match="no rows"):
+        manifest.validate(frame.iloc[:0], CLASSES)
+
+
+def test_class_ids_and_targets_follow_the_given_order(frame):
+    assert manifest.class_ids(frame, ("b", "a")).tolist() == [1, 0]
+    assert manifest.targets(frame, CLASSES).tolist() == [[1, 0], [0, 1]]
+    assert manifest.targets(frame, CLASSES).dtype == np.float32

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from kerasmed import metrics
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture
+def scored(rng):
+    """90 images in 30 groups, three classes, probabilities with ties."""
+    ids = rng.integers(0, 3, 90)
+    probabilities = rng.dirichlet(np.ones(3), 90)
+    probabilities[np.arange(90), ids] += 0.4
+    probabilities = (probabilities / probabilities.sum(axis=1, keepdims=True)).round(1)
+    return ids, probabilities, np.repeat(np.arange(30), 3)
+
+
+def test_multiclass_equals_scikit_learn_under_weights(scored, rng):
+    ids, probabilities, _ = scored
+    weights = rng.integers(0, 4, (3, 90)).astype(np.float32)
+    got = metrics.multiclass(ids, probabilities, NAMES, weights)
+    predicted = probabilities.argmax(axis=1)
+    for draw, weight in enumerate(weights):
+        expected = {
+            ("accuracy", "all"): sk.accuracy_score(ids, predicted, sample_weight=weight),
+            ("balanced_accuracy", "all"): sk.balanced_accuracy_score(ids, predicted, sample_weight=weight),
+            ("macro_f1", "all"): sk.f1_score(ids, predicted, average="macro", sample_weight=weight),
+        }
+        areas = []
+        for position, name in enumerate(NAMES):
+            positive = ids == position
+            expected["sensitivity", name] = sk.recall_score(positive, predicted == position, sample_weight=weight)
+            expected["specificity", name] = sk.recall_score(~positive, predicted != position, sample_weight=weight)
+            expected["precision", name] = sk.precision_score(positive, predicted == position, sample_weight=weight)
+            expected["auroc", name] = sk.roc_auc_score(positive, probabilities[:, position], sample_weight=weight)
+            areas.append(expected["auroc", name])
+        expected["macro_auroc", "all"] = np.mean(areas)
+        assert set(expected) == set(got)
+        for key, value in expected.items():
+            # float32 counts are exact; the rest is float64
+            assert got[key][draw] == pytest.approx(value, abs=1e-9), key
+
+
+def test_auroc_by_hand_and_of_one_class():
+    positive, scores = np.array([True, False, True, False]), np.array([0.9, 0.5, 0.5, 0.1])
+    # pairs: 0.9 beats both, 0.5 ties once and beats once: 3.5 of 4
+    assert metrics.auroc(positive, scores, np.ones((1, 4)))[0] == 3.5 / 4
+    assert np.isnan(metrics.auroc(np.array([True, True]), np.array([0.1, 0.2]), np.ones((1, 2)))[0])
+
+
+def test_bootstrap_weights_draw_whole_groups():
+    weights = metrics.bootstrap_weights(["x", "x", "y", "z"], num_draws=500, seed=1)
+    assert (weights[:, 0] == weights[:, 1]).all()
+    assert (weights[:, [0, 2, 3]].sum(axis=1) == 3).all()
+    np.testing.assert_array_equal(weights, metrics.bootstrap_weights(["x", "x", "y", "z"], num_draws=500, seed=1))
+
+
+def test_interval_covers_the_true_accuracy_in_about_95_of_100_samples(rng):
+    hits = 0
+    for sample in range(200):
+        right = np.repeat(rng.random(100) < 0.7, 3)  # groups of three images, right or wrong together
+        ids = np.zeros(300, int)
+        draws = metrics.bootstrap_weights(np.repeat(np.arange(100), 3), num_draws=300, seed=sample)
+        table = metrics.confusion(ids, np.where(right, 0, 1), 2, draws)
+        low, high = metrics.interval(table[:, 0, 0] / table.sum(axis=(1, 2)))
+        hits += low <= 0.7 <= high
+    # 200 trials at 0.95: standard error 0.015; the percentile interval is known to be slightly short
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_multiclass_rows_stand_beside_the_stronger_baseline(scored):
+    ids, probabilities, groups = scored
+    neighbour = np.eye(3)[np.roll(ids, 1)]
+    rows = metrics.multiclass_rows(ids, {"net": probabilities, "majority": metrics.majority_probabilities(ids, 90, 3), "nearest_neighbour": neighbour},
+                                   groups, NAMES, task="t", num_draws=100)
+    row = next(row for row in rows if row["variant"] == "net" and row["metric"] == "accuracy")
+    accuracies = {"majority": np.bincount(ids).max() / 90, "nearest_neighbour": (np.roll(ids, 1) == ids).mean()}
+    strongest = max(accuracies, key=accuracies.get)
+    assert row["baseline"]["variant"] == strongest
+    assert row["baseline"]["value"] == pytest.approx(accuracies[strongest])
+    assert row["baseline"]["difference"] == pytest.approx(row["value"] - accuracies[strongest])
+    assert row["ci95"][0] < row["value"] < row["ci95"][1]
+    assert (row["n"], row["n_groups"]) == (90, 30)
+    assert all(row["baseline"] is None for row in rows if row["variant"] in metrics.BASELINES)
+
+
+def test_multiclass_rows_perfect_and_absent_class():
+    ids = np.array([0, 1] * 10)
+    rows = metrics.multiclass_rows(ids, {"net": np.eye(3)[ids], "majority": metrics.majority_probabilities(ids, 20, 3)}, np.arange(20), NAMES, task="t")
+    value = {(row["variant"], row["metric"], row["label"]): row for row in rows}
+    assert value["net", "balanced_accuracy", "all"]["value"] == 1 and value["net", "balanced_accuracy", "all"]["ci95"] == [1, 1]
+    assert value["net", "sensitivity", "c"]["value"] is None and value["net", "sensitivity", "c"]["reason"] == "no c in the test split"
+    assert value["majority", "precision", "b"]["reason"] == "never predicted"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"majority": None}, "no baseline"),
+    ({"net": np.full((90, 2), 0.5)}, r"shape \(90, 2\)"),
+    ({"net": np.full((90, 3), np.nan)}, "all finite"),
+])
+def test_multiclass_rows_unfit_probabilities_are_refused(scored, change, message):
+    ids, probabilities, groups = scored
+    given = {"net": probabilities, "majority": metrics.majority_probabilities(ids, 90, 3)} | change
+    with pytest.raises(ValueError, match=message):
+        metrics.multiclass_rows(ids, {name: values for name, values in given.items() if values is not None}, groups, NAMES, task="t")
+
+
+def test_multiclass_rows_empty_split_is_refused():
+    with pytest.raises(ValueError, match="the test split of t has no image"):
+        metrics.multiclass_rows(np.zeros(0, int), {"majority": np.zeros((0, 3))}, [], NAMES, task="t")
+
+
+def test_tabulate_shows_value_interval_and_reason(scored):
+    ids, probabilities, groups = scored
+    rows = metrics.multiclass_rows(ids[:3] * 0, {"net": probabilities[:3], "majority": metrics.majority_probabilities(ids[:3] * 0, 3, 3)},
+                                   groups[:3], NAMES, task="t", num_draws=10)
+    table = metrics.tabulate(rows).set_index(["variant", "metric", "label"])
+    assert table.loc[("majority", "accuracy", "all"), "shown"] == "1.000 [1.000, 1.000]"
+    assert table.loc[("net", "auroc", "b"), "shown"] == "no b in the test split"
+    assert table.loc[("net", "accuracy", "all"), "baseline"] == "majority 1.000"

@@ -1,0 +1,80 @@
+"""Model builders: grey uint8 pixels in, class probabilities out.
+
+Every builder returns an uncompiled functional model whose input is `uint8`, shape `(height, width, 1)`, and whose
+preprocessing is a layer of the model, so that a saved `.keras` file takes the pixels that `kerasmed.images.read`
+returns. The head is `Dense(name="logits")` in float32 and then the activation, named `probabilities`.
+"""
+
+import keras
+from keras import layers
+
+# Networks trained from scratch on small sets take few steps: with Keras's default of 0.99 the moving averages lag so
+# far behind the weights that inference mode stays at chance.
+BATCH_NORM_MOMENTUM = 0.9
+
+
+def classification_head(features, num_classes: int, *, dropout: float = 0.0, activation: str = "softmax"):
+    """Append dropout, `Dense(num_classes, name="logits")` and the activation `probabilities`, both in float32.
+
+    Args:
+        features: tensor, shape (batch, num_features).
+        num_classes: number of outputs, at least 1 (at least 2 for softmax).
+        dropout: share of features dropped while training, in [0, 1).
+        activation: "softmax" (multi-class) or "sigmoid" (multi-label).
+
+    Returns:
+        Tensor of probabilities, shape (batch, num_classes).
+    """
+    if activation not in ("softmax", "sigmoid"):
+        raise ValueError(f"`activation` is {activation!r}; expected 'softmax' (multi-class) or 'sigmoid' (multi-label).")
+    if num_classes < (2 if activation == "softmax" else 1):
+        raise ValueError(f"`num_classes` is {num_classes}; a {activation} head needs at least {2 if activation == 'softmax' else 1}.")
+    if dropout:
+        features = layers.Dropout(dropout, name="head_dropout")(features)
+    logits = layers.Dense(num_classes, dtype="float32", name="logits")(features)
+    return layers.Activation(activation, dtype="float32", name="probabilities")(logits)
+
+
+def _conv_bn(x, filters, name, *, kernel_size=3, strides=1, relu=True):
+    x = layers.Conv2D(filters, kernel_size, strides, padding="same", use_bias=False, kernel_initializer="he_normal",
+                      name=f"{name}_conv")(x)
+    x = layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM, name=f"{name}_bn")(x)
+    return layers.ReLU(name=f"{name}_relu")(x) if relu else x
+
+
+def compact_cnn(image_size: tuple[int, int], num_classes: int, *, filters: tuple[int, ...] = (32, 64, 128, 256),
+                dropout: float = 0.3, activation: str = "softmax", name: str = "compact_cnn") -> keras.Model:
+    """Build a small residual network that learns from scratch on a few thousand images.
+
+    A 3×3 stem of stride 2, then one residual block of two 3×3 convolutions per entry of `filters` (every block but the
+    first halves the map), global average pooling, dropout and the head: 1.2 million weights at the default widths.
+
+    Args:
+        image_size: (height, width) in pixels, each at least 2 ** len(filters).
+        num_classes: number of outputs.
+        filters: channels of each block.
+        dropout: share of pooled features dropped while training.
+        activation: "softmax" or "sigmoid".
+
+    Returns:
+        Uncompiled model, uint8 (batch, height, width, 1) -> float32 (batch, num_classes).
+
+    Source: residual blocks of He et al. 2016, arXiv:1512.03385, figure 2; batch-normalisation momentum 0.9.
+    """
+    smallest = 2 ** len(filters)
+    if min(image_size) < smallest:
+        raise ValueError(f"`image_size` is {tuple(image_size)}; {len(filters)} blocks need at least {smallest} pixels a side.")
+    inputs = keras.Input((*image_size, 1), dtype="uint8", name="image")
+    x = layers.Rescaling(1 / 127.5, offset=-1.0, name="preprocess")(inputs)
+    x = _conv_bn(x, filters[0], "stem", strides=2)
+    for index, width in enumerate(filters):
+        strides = 1 if index == 0 else 2
+        shortcut = x
+        if strides != 1 or x.shape[-1] != width:
+            shortcut = _conv_bn(x, width, f"block{index + 1}_shortcut", kernel_size=1, strides=strides, relu=False)
+        x = _conv_bn(x, width, f"block{index + 1}_a", strides=strides)
+        x = _conv_bn(x, width, f"block{index + 1}_b", relu=False)
+        x = layers.Add(name=f"block{index + 1}_add")([x, shortcut])
+        x = layers.ReLU(name=f"block{index + 1}")(x)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.Model(inputs, classification_head(x, num_classes, dropout=dropout, activation=activation), name=name)

@@ -1,0 +1,272 @@
+"""Manifest -> decoded store -> batches.
+
+Decoding is what an epoch costs, so every image is decoded once, into one memory-mapped uint8 array that training
+gathers whole batches from: a true shuffle of all rows every epoch, in memory that does not grow with the data set.
+"""
+
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import joblib
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from kerasmed import images, paths, runs
+
+SHARD_ROWS = 256
+# Raised when a change to reading alters pixels, so that older stores are not taken for current ones.
+STORE_VERSION = 1
+_AHEAD = 4
+
+
+class Store(NamedTuple):
+    """Decoded images of a manifest, in its order, without those that could not be read."""
+
+    images: np.ndarray  # uint8 memory map, (num_images, height, width)
+    thumbnails: np.ndarray  # uint8 memory map, (num_images, 64, 64)
+    manifest: pd.DataFrame  # the rows that were read; position = row of the arrays
+    quarantine: pd.DataFrame  # image_path, reason
+    folder: Path
+
+
+# --- the decoded store -----------------------------------------------------------------------------------------------
+
+def decode(manifest: pd.DataFrame, root, *, image_size: tuple[int, int], read_options: Mapping | None = None, jobs: int = -1,
+           max_quarantined_share: float = 0.05, progress: bool = True) -> Store:
+    """Decode every image of a manifest once, or open the store that an earlier call has finished.
+
+    Work is done in shards of 256 images, each written whole, so that a killed call goes on where it stopped and shards
+    may be made anywhere and in any order. The store is `<cache>/<fingerprint>/`: images.npy, thumbnails.npy and
+    quarantine.csv; the fingerprint covers paths, sizes, modification times, target size and options.
+
+    Args:
+        manifest: rows with `image_path`.
+        root: data root that the paths are relative to.
+        image_size: (height, width) to resize to.
+        read_options: further options of `kerasmed.images.read`.
+        jobs: joblib workers; -1 for one per core.
+        max_quarantined_share: stop where more than this share of the files cannot be read.
+        progress: show a bar.
+
+    Returns:
+        `Store`; unreadable files are in its quarantine, with reasons, and not in its manifest.
+
+    Raises:
+        ValueError: too large a share of the files is unreadable; names the first, with reasons.
+    """
+    root = Path(root)
+    options = dict(read_options or {})
+    image_paths = manifest["image_path"].tolist()
+    target = paths.cache_root() / _store_fingerprint(image_paths, root, image_size, options)
+    if not (target / "quarantine.csv").exists():
+        _build(target, image_paths, root, image_size, options, jobs, progress)
+    quarantine = pd.read_csv(target / "quarantine.csv")
+    if len(quarantine) > max_quarantined_share * len(manifest):
+        first = "; ".join(f"{row.image_path}: {row.reason}" for row in quarantine.head(3).itertuples())
+        raise ValueError(f"{len(quarantine)} of {len(manifest)} files cannot be read, more than the share of "
+                         f"{max_quarantined_share} that is put up with (`max_quarantined_share`). First: {first}. "
+                         f"All: {target / 'quarantine.csv'}.")
+    readable = ~manifest["image_path"].isin(quarantine["image_path"])
+    return Store(np.load(target / "images.npy", mmap_mode="r"), np.load(target / "thumbnails.npy", mmap_mode="r"),
+                 manifest[readable].reset_index(drop=True), quarantine, target)
+
+
+def _store_fingerprint(image_paths, root, image_size, options) -> str:
+    header = f"{STORE_VERSION} {tuple(image_size)} {sorted(options.items())}\n"
+    digest = hashlib.sha256(header.encode())
+    for path in image_paths:
+        try:
+            state = os.stat(root / path)
+            digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(f"{path}\0absent\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _build(target, image_paths, root, image_size, options, jobs, progress):
+    """Make the missing shards, then join all into the store; the last step is a rename."""
+    building = target.with_name(target.name + ".building")
+    building.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(image_paths), SHARD_ROWS)
+    shards = [building / f"{start:09d}.npz" for start in starts]
+    missing = [(shard, image_paths[start:start + SHARD_ROWS]) for shard, start in zip(shards, starts) if not shard.exists()]
+    # Threads: decoding and resizing release the interpreter's lock. A Dask backend set by the caller takes precedence.
+    done = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator_unordered")(
+        joblib.delayed(decode_shard)(shard, root, part, image_size, options) for shard, part in missing)
+    with tqdm(total=len(image_paths), initial=len(image_paths) - sum(len(part) for _, part in missing), unit="image",
+              desc="decode", disable=not progress, mininterval=1, ascii=True, ncols=80) as bar:
+        for count in done:
+            bar.update(count)
+    _assemble(target, building, shards, image_paths, image_size)
+
+
+def decode_shard(shard: Path, root: Path, image_paths: Sequence[str], image_size: tuple[int, int], options: Mapping) -> int:
+    """Decode some images into one shard file, written whole: images, thumbnails, reasons.
+
+    Returns:
+        Number of paths handled.
+    """
+    pixels, thumbnails, reasons = decode_files(root, image_paths, image_size, options)
+    with runs.whole(shard) as temporary:
+        np.savez(temporary, images=pixels, thumbnails=thumbnails, reasons=reasons)
+    return len(image_paths)
+
+
+def decode_files(root: Path, image_paths: Sequence[str], image_size: tuple[int, int], options: Mapping) -> tuple[np.ndarray, ...]:
+    """Decode image files, each once, and note why any could not be read.
+
+    Returns:
+        uint8 images (num_paths, height, width), uint8 thumbnails (num_paths, 64, 64), and str reasons (num_paths,): ""
+        for a file that was read; one that was not is black.
+    """
+    pixels = np.zeros((len(image_paths), *image_size), np.uint8)
+    thumbnails = np.zeros((len(image_paths), *images.THUMBNAIL_SIZE), np.uint8)
+    reasons = [""] * len(image_paths)
+    for row, path in enumerate(image_paths):
+        try:
+            image = images.read(root / path)
+        except images.ImageError as error:
+            reasons[row] = str(error)
+        except OSError as error:
+            reasons[row] = f"{type(error).__name__}: {error.strerror}"
+        else:
+            thumbnails[row] = images.thumbnail(image)
+            pixels[row] = images.finish(image, image_size=image_size, **options)
+    return pixels, thumbnails, np.array(reasons, dtype=str)
+
+
+def decode_stream(root, image_paths: Sequence[str], *, image_size: tuple[int, int], read_options: Mapping | None = None,
+                  jobs: int = -1, chunk: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Decode files in parallel and in order without keeping them: for prediction, which looks at an image once.
+
+    Yields:
+        uint8 images (at most `chunk`, height, width) and str reasons, as `decode_files`.
+    """
+    parts = (image_paths[start:start + chunk] for start in range(0, len(image_paths), chunk))
+    decoded = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(
+        joblib.delayed(decode_files)(Path(root), part, image_size, dict(read_options or {})) for part in parts)
+    for pixels, _, reasons in decoded:
+        yield pixels, reasons
+
+
+def _assemble(target, building, shards, image_paths, image_size):
+    joined = target.with_name(f"{target.name}.{os.getpid()}.joining")
+    shutil.rmtree(joined, ignore_errors=True)
+    joined.mkdir()
+    reasons = np.concatenate([np.load(shard)["reasons"] for shard in shards])
+    count = int((reasons == "").sum())
+    for name, size in (("images", image_size), ("thumbnails", images.THUMBNAIL_SIZE)):
+        array = np.lib.format.open_memmap(joined / f"{name}.npy", mode="w+", dtype=np.uint8, shape=(count, *size))
+        row = 0
+        for shard in shards:
+            with np.load(shard) as part:
+                kept = part[name][part["reasons"] == ""]
+            array[row:row + len(kept)] = kept
+            row += len(kept)
+        array.flush()
+    pd.DataFrame({"image_path": image_paths, "reason": reasons}).query("reason != ''").to_csv(joined / "quarantine.csv", index=False)
+    try:
+        os.rename(joined, target)
+    except OSError:
+        # Another process finished the same store first; theirs is the same.
+        if not (target / "quarantine.csv").exists():
+            raise
+        shutil.rmtree(joined)
+    shutil.rmtree(building, ignore_errors=True)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of rows in an epoch: a permutation drawn from (seed, epoch), int, shape (num_rows,)."""
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)
+
+
+def batch(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray, *, seed: int, epoch: int, index: int, batch_size: int,
+          augment: Callable | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Make one training batch, a function of (seed, epoch, index) alone.
+
+    Args:
+        images_: uint8, shape (num_images, height, width).
+        rows: int, shape (num_rows,): which images, before shuffling.
+        targets: shape (num_rows, ...), beside `rows`.
+        seed, epoch, index: which batch.
+        batch_size: rows a batch; an epoch's last batch may be smaller.
+        augment: function (images, seed) -> images, from `kerasmed.augment.build`.
+
+    Returns:
+        uint8 images (batch, height, width, 1) and their targets.
+    """
+    chosen = epoch_order(len(rows), seed=seed, epoch=epoch)[index * batch_size:(index + 1) * batch_size]
+    pixels = images_[rows[chosen]]
+    if augment is not None:
+        pixels = augment(pixels, int(np.random.default_rng((seed, epoch, index)).integers(2 ** 31)))
+    return pixels[..., None], targets[chosen]
+
+
+def steps_per_epoch(num_rows: int, batch_size: int) -> int:
+    """Return the number of batches that hold every row once."""
+    return -(-num_rows // batch_size)
+
+
+def batches(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray, *, batch_size: int, seed: int, first_epoch: int = 0,
+            augment: Callable | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the training batches of epoch `first_epoch`, the next, and so on without end; some are made ahead in threads.
+
+    See `batch` for the arguments.
+    """
+    steps = steps_per_epoch(len(rows), batch_size)
+
+    def make(number):
+        epoch, index = divmod(number, steps)
+        return batch(images_, rows, targets, seed=seed, epoch=epoch, index=index, batch_size=batch_size, augment=augment)
+
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="batches") as pool:
+        number = first_epoch * steps
+        pending = [pool.submit(make, number + ahead) for ahead in range(_AHEAD)]
+        while True:
+            pending.append(pool.submit(make, number + len(pending)))
+            yield pending.pop(0).result()
+            number += 1
+
+
+def training_dataset(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray, **options):
+    """Wrap `batches` in a `tf.data.Dataset` without end; use it with `steps_per_epoch`."""
+    import tensorflow as tf
+
+    signature = (tf.TensorSpec((None, *images_.shape[1:], 1), tf.uint8), tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
+    dataset = tf.data.Dataset.from_generator(lambda: batches(images_, rows, targets, **options), output_signature=signature)
+    return dataset.prefetch(2)
+
+
+def evaluation_dataset(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray | None = None, *, batch_size: int = 64):
+    """Make a `tf.data.Dataset` of every row once, in order, never augmented.
+
+    Args:
+        images_: uint8, shape (num_images, height, width).
+        rows: int, shape (num_rows,).
+        targets: shape (num_rows, ...); None for prediction.
+        batch_size: rows a batch.
+
+    Returns:
+        Dataset of images (batch, height, width, 1), with targets if given.
+    """
+    import tensorflow as tf
+
+    def generate():
+        for start in range(0, len(rows), batch_size):
+            pixels = images_[rows[start:start + batch_size]][..., None]
+            yield pixels if targets is None else (pixels, targets[start:start + batch_size])
+
+    pixels = tf.TensorSpec((None, *images_.shape[1:], 1), tf.uint8)
+    signature = pixels if targets is None else (pixels, tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
+    dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
+    return dataset.apply(tf.data.experimental.assert_cardinality(steps_per_epoch(len(rows), batch_size))).prefetch(2)

@@ -1,0 +1,158 @@
+"""Fit a model so that a killed training goes on exactly where its last whole epoch ended."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+
+from kerasmed import runs
+
+logger = logging.getLogger(__name__)
+
+SCHEDULES = ("cosine", "plateau", "constant")
+
+
+def fit(model: keras.Model, train: Callable, valid, *, folder: Path, steps_per_epoch: int, epochs: int, loss,
+        metrics=(), learning_rate: float = 1e-3, weight_decay: float = 0.0, schedule: str = "plateau", stop_patience: int = 5,
+        plateau_patience: int = 2, plateau_factor: float = 0.2, jit_compile: bool | str = "auto") -> pd.DataFrame:
+    """Train a model's logits, keep the best weights by validation loss, and save it whole.
+
+    After each epoch `folder/checkpoint.npz` holds everything that the next one depends on: weights, optimizer slots,
+    dropout's seed states, and the counters and best weights of early stopping and plateau. A later call on the same
+    folder goes on from there, with results equal to an undisturbed call's; one on a finished folder only loads.
+
+    Args:
+        model: uncompiled, with a layer "logits" before its output.
+        train: function of the first epoch to run -> dataset without end, from `pipelines.training_dataset`.
+        valid: dataset of the validation split.
+        folder: where checkpoint.npz, history.csv and model.keras go; the model's last, so that its presence means done.
+        steps_per_epoch: batches an epoch.
+        epochs: at most so many.
+        loss: of (targets, logits).
+        metrics: Keras metrics of (targets, logits), shown and kept beside the loss.
+        learning_rate: Adam's, the first one.
+        weight_decay: AdamW's; 0 is Adam.
+        schedule: "cosine" (to 0 at the last epoch), "plateau" (times `plateau_factor` after `plateau_patience` epochs
+            without a better validation loss) or "constant".
+        stop_patience: stop after so many epochs without a better validation loss.
+        plateau_patience, plateau_factor: see `schedule`.
+        jit_compile: as in `keras.Model.compile`.
+
+    Returns:
+        History, a row per epoch: epoch, learning_rate, loss, val_loss, each metric, seconds. The model holds the weights
+        of the best epoch.
+
+    Raises:
+        ValueError: unknown schedule, no epochs, or a checkpoint of another architecture.
+        FloatingPointError: a loss is not finite.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"`schedule` is {schedule!r}; expected one of {', '.join(SCHEDULES)}.")
+    if epochs < 1:
+        raise ValueError(f"`epochs` is {epochs}; expected at least 1.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "model.keras").exists():
+        model.set_weights(keras.saving.load_model(folder / "model.keras").get_weights())
+        return pd.read_csv(folder / "history.csv")
+
+    trained = keras.Model(model.inputs, model.get_layer("logits").output, name=model.name)
+    rate = keras.optimizers.schedules.CosineDecay(learning_rate, steps_per_epoch * epochs) if schedule == "cosine" else learning_rate
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=weight_decay) if weight_decay else keras.optimizers.Adam(rate)
+    trained.compile(optimizer, loss, metrics=list(metrics), jit_compile=jit_compile)
+    optimizer.build(trained.trainable_variables)
+
+    stopping = keras.callbacks.EarlyStopping(patience=stop_patience, restore_best_weights=True)
+    plateau = keras.callbacks.ReduceLROnPlateau(factor=plateau_factor, patience=plateau_patience)
+    watched = [stopping, plateau] if schedule == "plateau" else [stopping]
+    checkpoint = _Checkpoint(folder, watched)
+    first_epoch = checkpoint.load(trained)
+    if first_epoch:
+        logger.warning("resuming %s after epoch %d", folder.name, first_epoch)
+    trained.fit(train(first_epoch), validation_data=valid, epochs=max(epochs, first_epoch), initial_epoch=epochs if checkpoint.stopped else first_epoch,
+                steps_per_epoch=steps_per_epoch, shuffle=False, verbose=0,
+                callbacks=[*watched, checkpoint])
+    # The two models share their layers: early stopping has put the best weights into both.
+    history = pd.DataFrame(checkpoint.history)
+    runs.write_table(folder / "history.csv", history)
+    runs.write_model(folder / "model.keras", model)
+    (folder / "checkpoint.npz").unlink(missing_ok=True)
+    return history
+
+
+class _Checkpoint(keras.callbacks.Callback):
+    """Writes all training state after each epoch, prints a line, and puts the state back at the start of training.
+
+    It stands last among the callbacks: the others reset themselves when training begins.
+    """
+
+    def __init__(self, folder, watched):
+        super().__init__()
+        self.path = folder / "checkpoint.npz"
+        self.watched = watched
+        self.history = []
+        self.stopped = False
+        self._loaded = None
+
+    def load(self, model) -> int:
+        """Put saved variables into the model and its optimizer; return the number of epochs that they have seen."""
+        if not self.path.exists():
+            return 0
+        with np.load(self.path) as saved:
+            state = json.loads(str(saved["state"]))
+            arrays = {name: saved[name] for name in saved.files if name != "state"}
+        variables = _variables(model)
+        if [list(v.shape) for v in variables] != state["shapes"]:
+            raise ValueError(f"{self.path} holds {len(state['shapes'])} variables of another architecture or optimizer, the model has "
+                             f"{len(variables)}; delete it to start anew.")
+        for position, variable in enumerate(variables):
+            variable.assign(arrays[f"variable_{position}"])
+        self._loaded = state, arrays
+        self.history = state["history"]
+        self.stopped = state["stopped"]
+        return len(self.history)
+
+    def on_train_begin(self, logs=None):
+        if self._loaded is None:
+            return
+        state, arrays = self._loaded
+        for callback, saved in zip(self.watched, state["callbacks"], strict=True):
+            for name, value in saved.items():
+                setattr(callback, name, value)
+        if state["num_best"]:
+            self.watched[0].best_weights = [arrays[f"best_{position}"] for position in range(state["num_best"])]
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._began = time.perf_counter()
+        self._rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+
+    def on_epoch_end(self, epoch, logs=None):
+        values = {name: float(value) for name, value in logs.items() if name != "learning_rate"}
+        if not np.isfinite([values["loss"], values["val_loss"]]).all():
+            raise FloatingPointError(f"loss {values['loss']}, val_loss {values['val_loss']} in epoch {epoch + 1} at rate {self._rate:.1e}; "
+                                     "lower `learning_rate` or look at the targets.")
+        seconds = round(time.perf_counter() - self._began, 2)
+        self.history.append({"epoch": epoch + 1, "learning_rate": self._rate, **values, "seconds": seconds})
+        best = self.watched[0].best_weights or []
+        variables = _variables(self.model)
+        state = {"history": self.history, "stopped": bool(self.model.stop_training), "num_best": len(best),
+                 "shapes": [list(v.shape) for v in variables],
+                 "callbacks": [{name: getattr(callback, name) for name in ("wait", "best", "best_epoch", "stopped_epoch", "cooldown_counter")
+                                if hasattr(callback, name)} for callback in self.watched]}
+        arrays = {f"variable_{position}": keras.ops.convert_to_numpy(v) for position, v in enumerate(variables)}
+        arrays |= {f"best_{position}": weight for position, weight in enumerate(best)}
+        with runs.whole(self.path) as temporary:
+            np.savez(temporary, state=np.array(json.dumps(state, default=float)), **arrays)
+        runs.write_table(self.path.with_name("history.csv"), pd.DataFrame(self.history))
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        print(f"  epoch {epoch + 1:3d}/{self.params['epochs']}  {shown}  rate {self._rate:.1e}  {seconds:.0f} s", flush=True)
+
+
+def _variables(model):
+    """Everything that an epoch changes: weights, moving averages, dropout's seed states, optimizer slots and rate."""
+    return [*model.variables, *model.optimizer.variables]

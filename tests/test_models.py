@@ -1,0 +1,53 @@
+import keras
+import numpy as np
+import pytest
+
+from kerasmed import models
+
+
+@pytest.fixture(scope="module")
+def compact():
+    keras.utils.set_random_seed(0)
+    return models.compact_cnn((32, 32), 4, filters=(8, 16))
+
+
+def test_compact_cnn_takes_grey_bytes_and_gives_probabilities(compact, rng):
+    pixels = rng.integers(0, 256, (5, 32, 32, 1), dtype=np.uint8)
+    probabilities = compact.predict(pixels, verbose=0)
+    assert compact.input.dtype == "uint8" and compact.get_layer("logits").compute_dtype == "float32"
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    assert probabilities.std(axis=0).min() > 0
+
+
+def test_compact_cnn_preprocessing_is_inside_and_covers_minus_one_to_one(compact):
+    scaled = keras.Model(compact.input, compact.get_layer("preprocess").output)(np.array([0, 255], np.uint8).repeat(1024).reshape(2, 32, 32, 1))
+    assert float(scaled[0].numpy().max()) == -1 and float(scaled[1].numpy().min()) == 1
+
+
+def test_compact_cnn_default_size_and_reduction():
+    model = models.compact_cnn((96, 96), 4)
+    assert model.count_params() == 1_229_732
+    assert model.get_layer("block4").output.shape[1:] == (6, 6, 256)
+    momenta = {layer.momentum for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)}
+    assert momenta == {0.9}
+
+
+def test_compact_cnn_round_trips_through_keras_file(compact, tmp_path, rng):
+    pixels = rng.integers(0, 256, (5, 32, 32, 1), dtype=np.uint8)
+    compact.save(tmp_path / "m.keras")
+    reloaded = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(reloaded.predict(pixels, verbose=0), compact.predict(pixels, verbose=0))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (((8, 32), 4), "at least 16 pixels"),
+    (((32, 32), 1), "at least 2"),
+])
+def test_compact_cnn_unfit_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.compact_cnn(*arguments)
+
+
+def test_classification_head_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="'tanh'"):
+        models.classification_head(keras.Input((4,)), 2, activation="tanh")

@@ -1,0 +1,150 @@
+import itertools
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from kerasmed import augment, images, paths, pipelines
+
+
+@pytest.fixture
+def tree(tmp_path, rng):
+    """A folder of 20 small PNG of different sizes, and its manifest."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for number in range(20):
+        cv2.imwrite(str(root / f"i {number}.png"), rng.integers(0, 256, (30 + number, 40), dtype=np.uint8))
+    return root, pd.DataFrame({"image_path": [f"i {number}.png" for number in range(20)]})
+
+
+def _decode(tree, **options):
+    root, manifest = tree
+    return pipelines.decode(manifest, root, image_size=(16, 24), progress=False, **options)
+
+
+def test_decode_equals_reading_each_file(tree):
+    store = _decode(tree)
+    assert store.images.shape == (20, 16, 24) and store.images.dtype == np.uint8 and isinstance(store.images, np.memmap)
+    for row, path in enumerate(tree[1]["image_path"]):
+        np.testing.assert_array_equal(store.images[row], images.read(tree[0] / path, image_size=(16, 24)))
+        np.testing.assert_array_equal(store.thumbnails[row], images.thumbnail(images.read(tree[0] / path)))
+
+
+def test_decode_again_opens_the_store_without_reading(tree, monkeypatch):
+    first = _decode(tree)
+    monkeypatch.setattr(images, "read", lambda *_: pytest.fail("decoded twice"))
+    assert _decode(tree).folder == first.folder
+
+
+@pytest.mark.parametrize("change", ["size", "option", "file"])
+def test_decode_change_makes_another_store(tree, change):
+    first = _decode(tree).folder
+    if change == "size":
+        second = pipelines.decode(tree[1], tree[0], image_size=(16, 16), progress=False).folder
+    elif change == "option":
+        second = _decode(tree, read_options={"equalize": True}).folder
+    else:
+        cv2.imwrite(str(tree[0] / "i 3.png"), np.zeros((9, 9), np.uint8))
+        second = _decode(tree).folder
+    assert second != first
+
+
+def test_decode_interrupted_goes_on_with_the_missing_shards(tree, monkeypatch):
+    monkeypatch.setattr(pipelines, "SHARD_ROWS", 4)
+    whole = np.array(_decode(tree).images)
+    monkeypatch.setenv("KERASMED_CACHE", str(tree[0].parent / "other"))
+    read, seen = images.read, []
+
+    def stops_at_13(path, **options):
+        seen.append(path)
+        if len(seen) == 14:
+            raise KeyboardInterrupt
+        return read(path, **options)
+
+    monkeypatch.setattr(images, "read", stops_at_13)
+    with pytest.raises(KeyboardInterrupt):
+        _decode(tree, jobs=1)
+    assert len(list(paths.cache_root().glob("*.building/*.npz"))) == 3
+    seen.clear()
+    monkeypatch.setattr(images, "read", lambda path, **options: (seen.append(path), read(path, **options))[1])
+    np.testing.assert_array_equal(_decode(tree, jobs=1).images, whole)
+    assert len(seen) == 8  # two shards of four were missing
+    assert not list(paths.cache_root().glob("*.building"))
+
+
+def test_decode_sets_bad_files_aside_and_reads_odd_ones(tree, rng):
+    root, manifest = tree
+    picture = rng.integers(0, 256, (40, 40), dtype=np.uint8)
+    (root / "zero.jpg").write_bytes(b"")
+    (root / "cut.jpg").write_bytes(cv2.imencode(".jpg", picture)[1].tobytes()[:-300])
+    (root / "text.jpg").write_text("not pixels")
+    cv2.imwrite(str(root / "deep.png"), picture.astype(np.uint16) * 16)
+    Image.fromarray(np.dstack([picture] * 3 + [np.full_like(picture, 255)])).save(root / "rgba.png")
+    Image.fromarray(np.dstack([picture] * 3)).convert("CMYK").save(root / "cmyk.jpg")
+    odd = ["zero.jpg", "deep.png", "cut.jpg", "rgba.png", "text.jpg", "cmyk.jpg", "gone.png"]
+    store = pipelines.decode(pd.concat([manifest, pd.DataFrame({"image_path": odd})]), root, image_size=(16, 16), max_quarantined_share=0.2, progress=False)
+    reasons = store.quarantine.set_index("image_path")["reason"]
+    assert sorted(reasons.index) == ["cut.jpg", "gone.png", "text.jpg", "zero.jpg"]
+    assert "truncated" in reasons["cut.jpg"] and "empty" in reasons["zero.jpg"] and "not an image" in reasons["text.jpg"]
+    assert reasons["gone.png"] == "FileNotFoundError: No such file or directory"
+    kept = store.manifest["image_path"].tolist()
+    assert kept == [*manifest["image_path"], "deep.png", "rgba.png", "cmyk.jpg"]
+    for name in ("deep.png", "rgba.png", "cmyk.jpg"):
+        got = store.images[kept.index(name)].astype(int)
+        # 12 bits in 16 are stretched to the full range; JPEG and CMYK cost some grey levels
+        assert np.abs(got - images.resize(picture, (16, 16))).mean() < 8, name
+
+
+def test_decode_too_many_bad_files_stop_with_reasons(tree):
+    for number in range(4):
+        (tree[0] / f"i {number}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"4 of 20 files cannot be read.*i 0.png: empty file"):
+        _decode(tree)
+
+
+def test_decode_stream_equals_the_store(tree):
+    store = _decode(tree)
+    parts = list(pipelines.decode_stream(tree[0], tree[1]["image_path"].tolist(), image_size=(16, 24), chunk=6))
+    np.testing.assert_array_equal(np.concatenate([pixels for pixels, _ in parts]), store.images)
+    assert [len(pixels) for pixels, _ in parts] == [6, 6, 6, 2]
+
+
+@pytest.fixture
+def arrays(rng):
+    return rng.integers(0, 256, (30, 8, 8), dtype=np.uint8), np.arange(3, 30, 2), np.eye(14, dtype=np.float32)
+
+
+def test_batches_show_every_row_once_an_epoch_in_a_new_order(arrays):
+    images_, rows, targets = arrays
+    stream = pipelines.batches(images_, rows, targets, batch_size=4, seed=0)
+    epochs = [[*itertools.islice(stream, 4)] for _ in range(2)]
+    orders = [np.concatenate([y.argmax(axis=1) for _, y in epoch]) for epoch in epochs]
+    assert [len(y) for _, y in epochs[0]] == [4, 4, 4, 2]
+    assert all(sorted(order) == list(range(14)) for order in orders)
+    assert (orders[0] != orders[1]).any()
+    for pixels, y in epochs[0]:
+        np.testing.assert_array_equal(pixels[..., 0], images_[rows[y.argmax(axis=1)]])
+
+
+def test_batches_resumed_epoch_sees_the_same_pixels(arrays):
+    images_, rows, targets = arrays
+    options = {"batch_size": 4, "seed": 5, "augment": augment.build(("flip", "noise", "rotate"), (8, 8))}
+    through = list(itertools.islice(pipelines.batches(images_, rows, targets, **options), 12))[8:]
+    resumed = list(itertools.islice(pipelines.batches(images_, rows, targets, first_epoch=2, **options), 4))
+    for (pixels, y), (again, y_again) in zip(through, resumed, strict=True):
+        np.testing.assert_array_equal(pixels, again)
+        np.testing.assert_array_equal(y, y_again)
+
+
+def test_training_and_evaluation_dataset_shapes_and_types(arrays):
+    images_, rows, targets = arrays
+    pixels, y = next(iter(pipelines.training_dataset(images_, rows, targets, batch_size=4, seed=0)))
+    assert pixels.shape == (4, 8, 8, 1) and pixels.dtype == "uint8" and y.shape == (4, 14)
+    dataset = pipelines.evaluation_dataset(images_, rows, targets, batch_size=5)
+    got = list(dataset)
+    assert len(dataset) == len(got) == 3
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in got])[..., 0], images_[rows])
+    np.testing.assert_array_equal(np.concatenate([y for _, y in got]), targets)
+    assert next(iter(pipelines.evaluation_dataset(images_, rows, batch_size=5))).shape == (5, 8, 8, 1)

@@ -1,0 +1,132 @@
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+from kerasmed import losses, models, pipelines, training
+
+
+def _setting(rng_seed=0):
+    """A tiny task: bright upper or lower half, 48 images, dropout on."""
+    rng = np.random.default_rng(rng_seed)
+    ids = rng.integers(0, 2, 48)
+    pixels = rng.integers(0, 120, (48, 16, 16), dtype=np.uint8)
+    pixels[ids == 0, :8] += 60
+    pixels[ids == 1, 8:] += 60
+    return pixels, np.eye(2, dtype=np.float32)[ids]
+
+
+def _fit(folder, *, epochs=4, schedule="plateau", seed=0, **options):
+    keras.utils.set_random_seed(seed)
+    model = models.compact_cnn((16, 16), 2, filters=(4, 8), dropout=0.5)
+    pixels, targets = _setting()
+    rows = np.arange(36)
+
+    def train(first_epoch):
+        return pipelines.training_dataset(pixels, rows, targets[:36], batch_size=8, seed=1, first_epoch=first_epoch)
+
+    valid = pipelines.evaluation_dataset(pixels, np.arange(36, 48), targets[36:])
+    history = training.fit(model, train, valid, folder=folder, steps_per_epoch=5, epochs=epochs, schedule=schedule,
+                           loss=losses.WeightedCategoricalCrossentropy(), metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")], **options)
+    return model, history
+
+
+def _kill_after(monkeypatch, epochs):
+    """Make the checkpoint callback end the process, as far as `fit` can tell, once an epoch is written."""
+    ended = training._Checkpoint.on_epoch_end
+
+    def end(self, epoch, logs=None):
+        ended(self, epoch, logs)
+        if epoch + 1 == epochs:
+            raise SystemExit("killed")
+
+    monkeypatch.setattr(training._Checkpoint, "on_epoch_end", end)
+
+
+@pytest.mark.parametrize(("schedule", "killed_after"), [("plateau", 3), ("cosine", 1)])
+def test_fit_resumed_equals_undisturbed(tmp_path, monkeypatch, schedule, killed_after):
+    options = {"schedule": schedule, "weight_decay": 0.01, "plateau_patience": 1}
+    whole, history = _fit(tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        _kill_after(patch, killed_after)
+        with pytest.raises(SystemExit):
+            _fit(tmp_path / "cut", **options)
+    assert not (tmp_path / "cut/model.keras").exists()
+    # Another seed builds other first weights: all that counts comes from the checkpoint.
+    resumed, resumed_history = _fit(tmp_path / "cut", seed=99, **options)
+    for one, other in zip(whole.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    pd.testing.assert_frame_equal(history.drop(columns="seconds"), resumed_history.drop(columns="seconds"))
+    assert not (tmp_path / "cut/checkpoint.npz").exists()
+
+
+def test_fit_without_dropouts_seed_state_would_differ(tmp_path, monkeypatch):
+    # Guards the test above: leaving the seed state out of the checkpoint must be seen.
+    whole, _ = _fit(tmp_path / "whole")
+    keep = training._variables
+    monkeypatch.setattr(training, "_variables", lambda model: [v for v in keep(model) if "seed" not in v.path])
+    with monkeypatch.context() as patch:
+        _kill_after(patch, 2)
+        with pytest.raises(SystemExit):
+            _fit(tmp_path / "cut")
+    resumed, _ = _fit(tmp_path / "cut")
+    assert any((one != other).any() for one, other in zip(whole.get_weights(), resumed.get_weights(), strict=True))
+
+
+def test_fit_killed_after_the_stop_does_not_train_on(tmp_path, monkeypatch):
+    options = {"epochs": 12, "stop_patience": 1, "learning_rate": 0.05}
+    whole, history = _fit(tmp_path / "whole", **options)
+    assert len(history) < 12
+    with monkeypatch.context() as patch:
+        _kill_after(patch, len(history))
+        with pytest.raises(SystemExit):
+            _fit(tmp_path / "cut", **options)
+    resumed, resumed_history = _fit(tmp_path / "cut", **options)
+    assert len(resumed_history) == len(history)
+    for one, other in zip(whole.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_fit_keeps_the_best_epochs_weights_and_saves_them(tmp_path):
+    model, history = _fit(tmp_path, epochs=6)
+    pixels, targets = _setting()
+    probabilities = model.predict(pixels[36:, ..., None], verbose=0)
+    loss = -np.log((probabilities * targets[36:]).sum(axis=1)).mean()
+    assert loss == pytest.approx(history["val_loss"].min(), rel=1e-4)
+    reloaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(reloaded.predict(pixels[..., None], verbose=0)[36:], model.predict(pixels[..., None], verbose=0)[36:])
+
+
+def test_fit_finished_folder_is_only_loaded(tmp_path, monkeypatch):
+    model, history = _fit(tmp_path, epochs=2)
+    monkeypatch.setattr(keras.Model, "fit", lambda *_, **__: pytest.fail("trained again"))
+    again, same = _fit(tmp_path, epochs=2, seed=5)
+    np.testing.assert_array_equal(again.get_weights()[0], model.get_weights()[0])
+    pd.testing.assert_frame_equal(history, same)
+
+
+def test_fit_plateau_lowers_the_rate(tmp_path):
+    _, history = _fit(tmp_path, epochs=8, learning_rate=0.5, plateau_patience=1, stop_patience=8)
+    rates = history["learning_rate"].unique()
+    assert len(rates) > 1
+    np.testing.assert_allclose(rates[1] / rates[0], 0.2, rtol=1e-5)
+
+
+def test_fit_checkpoint_of_another_architecture_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        _kill_after(patch, 1)
+        with pytest.raises(SystemExit):
+            _fit(tmp_path)
+    with pytest.raises(ValueError, match="another architecture or optimizer"):
+        _fit(tmp_path, schedule="cosine", weight_decay=0.1, epochs=3)
+
+
+def test_fit_infinite_loss_is_an_error_that_names_the_rate(tmp_path):
+    with pytest.raises(FloatingPointError, match="lower `learning_rate`"):
+        _fit(tmp_path, learning_rate=1e30)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"schedule": "warm"}, "'warm'"), ({"epochs": 0}, "at least 1")])
+def test_fit_unfit_options_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        _fit(tmp_path, **options)

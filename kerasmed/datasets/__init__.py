@@ -1,0 +1,225 @@
+"""Where each system's data lie, and readers from their real layout to a manifest.
+
+A system's module (`datasets/<system>.py`) states `SOURCES` (name to link and licence), `folder(root)` (where its data
+lie under a data root, or None) and `read`; `datasets/synthetic/<system>.py` has `write`.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import joblib
+import pandas as pd
+
+from kerasmed import images, paths
+
+SYSTEMS = ("brain",)
+DATA_SOURCES = ("auto", "real", "synthetic")
+# Written into every synthetic set, so that it can never pass for real data.
+SYNTHETIC_MARKER = "synthetic.json"
+
+
+class Source(NamedTuple):
+    """A data root and whether what lies there is "real" or "synthetic"."""
+
+    root: Path
+    kind: str
+
+
+def reader(system: str):
+    """Import the module that reads a system's layout."""
+    if system not in SYSTEMS:
+        raise ValueError(f"system {system!r} is unknown; known are {', '.join(SYSTEMS)}.")
+    return importlib.import_module(f"kerasmed.datasets.{system}")
+
+
+def kind(folder: Path) -> str:
+    """Say whether a system's folder is "real" or "synthetic", by the marker that every synthetic set carries."""
+    return "synthetic" if (folder / SYNTHETIC_MARKER).exists() else "real"
+
+
+def locate(system: str, parameters: Mapping, *, data_root=None) -> Source:
+    """Find a system's data, or write a synthetic set into the cache.
+
+    Args:
+        system: one of `SYSTEMS`.
+        parameters: of a notebook. `data_source` is "real" (never falls back), "synthetic", or "auto": real where it is
+            present, else synthetic. Where a data root was named (`data_root` or `$KERASMED_DATA`), "auto" takes what is
+            there or refuses: a typo in a path must not turn into a synthetic result. `synthetic_<option>` are passed to
+            the system's synthetic `write`; each combination of them has its own folder.
+        data_root: see `kerasmed.paths.data_root`.
+
+    Returns:
+        `Source`.
+
+    Raises:
+        FileNotFoundError: real data are asked for and absent; says where they were looked for and how to get them.
+        ValueError: unknown system or data source, or synthetic data where real data are asked for.
+    """
+    module = reader(system)
+    data_source = parameters["data_source"]
+    if data_source not in DATA_SOURCES:
+        raise ValueError(f"`data_source` is {data_source!r}; expected one of {', '.join(DATA_SOURCES)}.")
+    root = paths.data_root(data_root)
+    folder = None if data_source == "synthetic" else module.folder(root)
+    if folder and data_source == "real" and kind(folder) == "synthetic":
+        raise ValueError(
+            f"`data_source` is 'real', but {folder} holds a synthetic set ({SYNTHETIC_MARKER}); name another data root."
+        )
+    if folder:
+        return Source(root, kind(folder))
+    if data_source == "real" or (data_source == "auto" and paths.is_data_root_chosen(data_root)):
+        raise FileNotFoundError(
+            f"no {system} data under {root}; expected {module.LAYOUT}. Get them with `kerasmed data "
+            f"fetch {system}` or from {', '.join(link for link, _ in module.SOURCES.values())}."
+        )
+    options = {
+        name.removeprefix("synthetic_"): value for name, value in parameters.items() if name.startswith("synthetic_")
+    }
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:10]
+    target = paths.cache_root() / "synthetic" / f"{system}-{digest}"
+    write_synthetic(system, target, **options)
+    return Source(target, "synthetic")
+
+
+def write_synthetic(system: str, root, **options) -> Path:
+    """Write a system's synthetic set in its real layout under `root`; the options are those of its `write`."""
+    reader(system)
+    return importlib.import_module(f"kerasmed.datasets.synthetic.{system}").write(root, **options)
+
+
+def truth(system: str, source: Source) -> dict:
+    """Return what is known of a synthetic set (parameters, best attainable score), {} for real data."""
+    marker = reader(system).folder(source.root) / SYNTHETIC_MARKER
+    return json.loads(marker.read_text(encoding="utf-8")) if source.kind == "synthetic" else {}
+
+
+def check(system: str, root, *, jobs: int = -1) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Check layout, columns and labels of a system's data, and read every image; nothing is compared.
+
+    Args:
+        system: one of `SYSTEMS`.
+        root: data root.
+        jobs: joblib workers.
+
+    Returns:
+        Counts of images by part, split and class, and problems (part, file, problem), empty where all is well.
+    """
+    module = reader(system)
+    root = Path(root)
+    if module.folder(root) is None:
+        return pd.DataFrame(), pd.DataFrame(
+            [{"part": system, "file": str(root), "problem": f"no data; expected {module.LAYOUT}"}]
+        )
+    counts, problems = [], []
+    for part, class_names in module.CLASS_NAMES.items():
+        if not (module.folder(root) / part).is_dir():
+            problems.append({"part": part, "file": str(module.folder(root) / part), "problem": "absent"})
+            continue
+        try:
+            frame = module.read(root, part)
+        except (ValueError, OSError) as error:
+            problems.append({"part": part, "file": "", "problem": str(error)})
+            continue
+        counts.append(
+            frame.groupby("split")[list(class_names)]
+            .sum()
+            .rename_axis(columns="class")
+            .stack()
+            .rename("images")
+            .reset_index()
+            .assign(part=part)
+        )
+        reasons = joblib.Parallel(n_jobs=jobs, prefer="threads")(
+            joblib.delayed(_why_unreadable)(root / path) for path in frame["image_path"]
+        )
+        problems += [
+            {"part": part, "file": path, "problem": reason}
+            for path, reason in zip(frame["image_path"], reasons)
+            if reason
+        ]
+    table = pd.concat(counts)[["part", "split", "class", "images"]] if counts else pd.DataFrame()
+    return table, pd.DataFrame(problems, columns=["part", "file", "problem"])
+
+
+def _why_unreadable(path: Path) -> str:
+    try:
+        images.read(path)
+    except (images.ImageError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def fetch(system: str, root, *, download: Callable[[str], str] | None = None) -> list[Path]:
+    """Download a system's public sets with kagglehub and lay them out as the reader expects.
+
+    Args:
+        system: one of `SYSTEMS`.
+        root: data root to write to.
+        download: function of a Kaggle handle -> folder of the unpacked archive; default kagglehub's, which wants the
+            extra `data`, and Kaggle credentials for some sets.
+
+    Returns:
+        The folders made; those already there are left alone.
+
+    Raises:
+        ImportError: kagglehub is not installed.
+        FileNotFoundError: the archive has not the folders that it is known by.
+    """
+    module = reader(system)
+    if download is None:
+        try:
+            import kagglehub
+        except ImportError as error:
+            raise ImportError("`kerasmed data fetch` wants kagglehub: pip install 'kerasmed[data]'.") from error
+        download = kagglehub.dataset_download
+    made = []
+    for part, (link, _) in module.SOURCES.items():
+        targets = {split: Path(root) / system / part / split for split in module.ARCHIVE_FOLDERS[part]}
+        if all(target.exists() for target in targets.values()):
+            continue
+        archive = Path(download(link.split("/datasets/")[1]))
+        for split, target in targets.items():
+            origin = archive / module.ARCHIVE_FOLDERS[part][split]
+            if not origin.is_dir():
+                raise FileNotFoundError(
+                    f"the archive of {link} has no folder {module.ARCHIVE_FOLDERS[part][split]}; it holds "
+                    f"{sorted(path.name for path in archive.iterdir())}. Lay it out by hand as {module.LAYOUT}."
+                )
+            if not target.exists():
+                unfinished = target.with_name(f".{target.name}.copying")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                shutil.copytree(origin, unfinished)
+                unfinished.rename(target)
+                made.append(target)
+    return made
+
+
+def files(folder: Path) -> Iterator[os.DirEntry]:
+    """Yield every file below a folder in sorted order, but hidden ones (`.DS_Store`, `._image1.png`)."""
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from files(Path(entry.path))
+            else:
+                yield entry
+
+
+def fingerprint(system: str, source: Source) -> str:
+    """Hash the path, size and modification time of every file of a system's data.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256(source.kind.encode())
+    for entry in files(reader(system).folder(source.root)):
+        state = entry.stat()
+        digest.update(f"{os.path.relpath(entry.path, source.root)}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Synthetic data sets: real layouts with a planted, known signal."""

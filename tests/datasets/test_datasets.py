@@ -1,0 +1,99 @@
+import os
+
+import pytest
+
+from kerasmed import datasets, paths
+from kerasmed.datasets import brain
+
+TINY = {"synthetic_patients_per_class": 3, "synthetic_slices_per_patient": 1}
+
+
+def test_locate_auto_takes_real_data_where_present(brain_root):
+    assert datasets.locate("brain", {"data_source": "auto"}, data_root=brain_root) == (brain_root, "real")
+
+
+def test_locate_auto_writes_a_synthetic_set_where_no_root_was_named(tmp_path, monkeypatch):
+    (tmp_path / "project/notebooks/params").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "project")
+    source = datasets.locate("brain", {"data_source": "auto", **TINY})
+    assert source.kind == "synthetic" and source.root.is_relative_to(paths.cache_root())
+    assert (
+        datasets.truth("brain", source)["ceiling"]
+        and datasets.locate("brain", {"data_source": "auto", **TINY}) == source
+    )
+    assert datasets.locate("brain", {"data_source": "synthetic", **TINY, "synthetic_seed": 1}).root != source.root
+
+
+@pytest.mark.parametrize("data_source", ["auto", "real"])
+def test_locate_named_root_without_data_never_falls_back(tmp_path, data_source):
+    with pytest.raises(
+        FileNotFoundError, match="no brain data under .*typo; expected brain/.*kerasmed data fetch brain"
+    ):
+        datasets.locate("brain", {"data_source": data_source, **TINY}, data_root=tmp_path / "typo")
+
+
+def test_locate_synthetic_set_never_passes_for_real(tmp_path):
+    root = datasets.write_synthetic("brain", tmp_path / "s", patients_per_class=3, slices_per_patient=1)
+    assert datasets.locate("brain", {"data_source": "auto"}, data_root=root).kind == "synthetic"
+    with pytest.raises(ValueError, match="holds a synthetic set"):
+        datasets.locate("brain", {"data_source": "real"}, data_root=root)
+
+
+def test_locate_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="'brian' is unknown; known are brain"):
+        datasets.locate("brian", {"data_source": "auto"})
+    with pytest.raises(ValueError, match="expected one of auto, real, synthetic"):
+        datasets.locate("brain", {"data_source": "fake"})
+
+
+def test_fingerprint_sees_every_change_and_no_junk(brain_root):
+    source = datasets.Source(brain_root, "real")
+    first = datasets.fingerprint("brain", source)
+    (brain_root / "brain/.DS_Store").write_bytes(b"x")
+    assert datasets.fingerprint("brain", source) == first
+    path = next((brain_root / "brain").rglob("*.jpg"))
+    os.utime(path, (1, 1))
+    second = datasets.fingerprint("brain", source)
+    path.rename(path.with_name("renamed.jpg"))
+    assert len({first, second, datasets.fingerprint("brain", source)}) == 3
+
+
+def test_check_counts_and_names_what_is_wrong(brain_root):
+    counts, problems = datasets.check("brain", brain_root)
+    assert counts["images"].sum() == 96 and problems.empty
+    (brain_root / "brain/alzheimer/train/MildDemented/zero.jpg").write_bytes(b"")
+    (brain_root / "brain/brain_tumor/train/Unknown").mkdir()
+    _, problems = datasets.check("brain", brain_root)
+    assert problems["part"].tolist() == ["alzheimer", "brain_tumor"]
+    assert "empty file" in problems["problem"][0] and "is no class of brain_tumor" in problems["problem"][1]
+    assert datasets.check("brain", brain_root / "nowhere")[1]["problem"][0].startswith("no data")
+
+
+def test_fetch_lays_archives_out_as_the_reader_expects(tmp_path, brain_root):
+    asked = []
+
+    def download(handle):
+        asked.append(handle)
+        part = "alzheimer" if "alzheimers" in handle else "brain_tumor"
+        archive = tmp_path / "archives" / part
+        for split, name in brain.ARCHIVE_FOLDERS[part].items():
+            for class_name in brain.CLASS_NAMES[part]:
+                (archive / name / class_name).mkdir(parents=True)
+                (archive / name / class_name / f"{split} (1).jpg").write_bytes(b"x")
+        return str(archive)
+
+    made = datasets.fetch("brain", tmp_path / "fetched", download=download)
+    assert len(made) == 4 and asked == [
+        "tourist55/alzheimers-dataset-4-class-of-images",
+        "sartajbhuvaji/brain-tumor-classification-mri",
+    ]
+    assert (
+        len(brain.read(tmp_path / "fetched", "alzheimer")) == len(brain.read(tmp_path / "fetched", "brain_tumor")) == 8
+    )
+    assert datasets.fetch("brain", tmp_path / "fetched", download=download) == [] and len(asked) == 2
+
+
+def test_fetch_unknown_archive_layout_is_refused(tmp_path):
+    (tmp_path / "archive/New").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"no folder Alzheimer_s Dataset/train; it holds \['New'\]"):
+        datasets.fetch("brain", tmp_path / "d", download=lambda _: str(tmp_path / "archive"))

@@ -52,7 +52,7 @@ def similarity_groups(thumbnails: np.ndarray, *, threshold: float = SAME_ANATOMY
     pairs = []
     for start in range(0, len(vectors), _BLOCK):
         for other in range(start, len(vectors), _BLOCK):
-            rows, columns = np.nonzero(vectors[start:start + _BLOCK] @ vectors[other:other + _BLOCK].T > threshold)
+            rows, columns = np.nonzero(vectors[start : start + _BLOCK] @ vectors[other : other + _BLOCK].T > threshold)
             pairs.append((rows + start, columns + other))
     constant = np.flatnonzero(~vectors.any(axis=1))
     if len(constant):
@@ -79,7 +79,7 @@ def nearest(queries: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np
     reference_vectors = standardize(references).T
     positions, correlations = [], []
     for start in range(0, len(queries), _BLOCK):
-        similarity = standardize(queries[start:start + _BLOCK]) @ reference_vectors
+        similarity = standardize(queries[start : start + _BLOCK]) @ reference_vectors
         positions.append(similarity.argmax(axis=1))
         correlations.append(similarity.max(axis=1))
     return np.concatenate(positions), np.concatenate(correlations)
@@ -99,14 +99,22 @@ def gate(manifest: pd.DataFrame) -> pd.DataFrame:
         ValueError: a row has no group.
     """
     if manifest["group_id"].isna().any():
-        raise ValueError(f"{int(manifest['group_id'].isna().sum())} rows have no `group_id`; the gate cannot vouch for them.")
+        raise ValueError(
+            f"{int(manifest['group_id'].isna().sum())} rows have no `group_id`; the gate cannot vouch for them."
+        )
     checked = []
     for column in ("group_id", "patient_id", "study_id"):
-        splits = manifest.dropna(subset=[column]).groupby(column)["split"].agg(["nunique", lambda s: "+".join(sorted(set(s)))])
+        splits = (
+            manifest.dropna(subset=[column])
+            .groupby(column)["split"]
+            .agg(["nunique", lambda s: "+".join(sorted(set(s)))])
+        )
         crossing = splits[splits["nunique"] > 1]
         if len(crossing):
             first = ", ".join(f"{name} in {where}" for name, where in crossing.iloc[:5, 1].items())
-            raise LeakError(f"{len(crossing)} of {len(splits)} values of {column} lie in several splits: {first}. "
-                            "Split by `group_id` with `splits.assign`.")
+            raise LeakError(
+                f"{len(crossing)} of {len(splits)} values of {column} lie in several splits: {first}. "
+                "Split by `group_id` with `splits.assign`."
+            )
         checked.append({"id": column, "known": len(splits), "in several splits": 0})
     return pd.DataFrame(checked)

@@ -21,8 +21,11 @@ def _transforms(image_size):
         "rotate": lambda: [A.Rotate(limit=10, border_mode=cv2.BORDER_CONSTANT, p=0.5)],
         "brightness_contrast": lambda: [A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5)],
         # RandomScale changes the array's size: padded or cropped back, it zooms; resized back, it would only blur.
-        "scale": lambda: [A.RandomScale(scale_limit=0.1, p=0.5), A.PadIfNeeded(height, width, border_mode=cv2.BORDER_CONSTANT),
-                          A.CenterCrop(height, width)],
+        "scale": lambda: [
+            A.RandomScale(scale_limit=0.1, p=0.5),
+            A.PadIfNeeded(height, width, border_mode=cv2.BORDER_CONSTANT),
+            A.CenterCrop(height, width),
+        ],
         "shift": lambda: [A.Affine(translate_percent=(-0.06, 0.06), border_mode=cv2.BORDER_CONSTANT, p=0.5)],
     }
 

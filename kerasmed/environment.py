@@ -1,15 +1,36 @@
 """Seeds, precision, and the record of what a run ran on. The only module that touches global state."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 
 from kerasmed import paths
 
-RECORDED_PACKAGES = ("kerasmed", "tensorflow", "keras", "numpy", "pandas", "scikit-learn", "scipy", "albumentations",
-                     "opencv-python-headless", "pillow", "joblib", "matplotlib", "papermill", "ipykernel")
+RECORDED_PACKAGES = (
+    "kerasmed",
+    "tensorflow",
+    "keras",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "scipy",
+    "albumentations",
+    "opencv-python-headless",
+    "pillow",
+    "joblib",
+    "matplotlib",
+    "papermill",
+    "ipykernel",
+)
+# Start-up information, and the complaint of a CUDA build on a machine without a GPU.
+_NOISE = re.compile(
+    r"^I0000|before absl::InitializeLog|rebuild TensorFlow with the appropriate compiler flags|failed call to cuInit"
+)
 PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
 
 
@@ -29,18 +50,43 @@ def setup(*, seed: int, precision: str = "float32", deterministic: bool = False)
     """
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
-    import keras
+    with _without_start_up_noise():
+        import keras
+
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            gpus = tf.config.list_physical_devices("GPU")
 
     keras.utils.set_random_seed(seed)
     keras.config.set_dtype_policy(precision)
     if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        for gpu in tf.config.list_physical_devices("GPU"):
+        for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
         if deterministic:
             tf.config.experimental.enable_op_determinism()
     return {**describe(), "seed": seed, "precision": precision, "deterministic": deterministic}
+
+
+@contextlib.contextmanager
+def _without_start_up_noise():
+    """Hold back what TensorFlow's C++ libraries print while they load, and pass on what is not in `_NOISE`.
+
+    They write before any log level applies, straight to the file descriptor.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            for line in held.read().decode(errors="replace").splitlines():
+                if not _NOISE.search(line):
+                    print(line, file=sys.stderr)
 
 
 def describe() -> dict:
@@ -72,8 +118,13 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """Commit of the checkout, with "-dirty" where tracked files differ; None outside git."""
     try:
-        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-                                   cwd=paths.project_root(), capture_output=True, text=True, timeout=10)
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=paths.project_root(),
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return described.stdout.strip() or None

@@ -14,7 +14,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 FITS = ("stretch", "pad")
-INTERPOLATIONS = {"area": cv2.INTER_AREA, "linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC, "nearest": cv2.INTER_NEAREST}
+INTERPOLATIONS = {
+    "area": cv2.INTER_AREA,
+    "linear": cv2.INTER_LINEAR,
+    "cubic": cv2.INTER_CUBIC,
+    "nearest": cv2.INTER_NEAREST,
+}
 # A file that claims more is refused before its pixels are read: 100 megapixels decode to 100 MB of grey.
 MAX_PIXELS = 100_000_000
 THUMBNAIL_SIZE = (64, 64)
@@ -24,8 +29,14 @@ class ImageError(ValueError):
     """A file that is no whole, readable image; the message is the reason."""
 
 
-def read(path, *, image_size: tuple[int, int] | None = None, fit: str = "stretch", interpolation: str = "area",
-         equalize: bool = False) -> np.ndarray:
+def read(
+    path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    fit: str = "stretch",
+    interpolation: str = "area",
+    equalize: bool = False,
+) -> np.ndarray:
     """Read an image file as one channel of uint8.
 
     Colour becomes luma (ITU-R 601), transparency is composited on black, CMYK is converted, EXIF rotation is applied.
@@ -47,20 +58,33 @@ def read(path, *, image_size: tuple[int, int] | None = None, fit: str = "stretch
         ValueError: unknown option.
     """
     data = path.read() if hasattr(path, "read") else Path(path).read_bytes()
-    return finish(_to_grey(_decode(data)), image_size=image_size, fit=fit, interpolation=interpolation, equalize=equalize)
+    return finish(
+        _to_grey(_decode(data)), image_size=image_size, fit=fit, interpolation=interpolation, equalize=equalize
+    )
 
 
-def finish(image: np.ndarray, *, image_size: tuple[int, int] | None = None, fit: str = "stretch", interpolation: str = "area",
-           equalize: bool = False) -> np.ndarray:
+def finish(
+    image: np.ndarray,
+    *,
+    image_size: tuple[int, int] | None = None,
+    fit: str = "stretch",
+    interpolation: str = "area",
+    equalize: bool = False,
+) -> np.ndarray:
     """Do what `read` does after decoding, with its options, to a uint8 array (height, width)."""
     if fit not in FITS or interpolation not in INTERPOLATIONS:
-        raise ValueError(f"`fit` is {fit!r} and `interpolation` {interpolation!r}; expected one of {FITS} and {tuple(INTERPOLATIONS)}.")
+        raise ValueError(
+            f"`fit` is {fit!r} and `interpolation` {interpolation!r}; "
+            f"expected one of {FITS} and {tuple(INTERPOLATIONS)}."
+        )
     if image_size is not None:
         image = resize(image, image_size, fit=fit, interpolation=interpolation)
     return cv2.equalizeHist(image) if equalize else image
 
 
-def resize(image: np.ndarray, image_size: tuple[int, int], *, fit: str = "stretch", interpolation: str = "area") -> np.ndarray:
+def resize(
+    image: np.ndarray, image_size: tuple[int, int], *, fit: str = "stretch", interpolation: str = "area"
+) -> np.ndarray:
     """Resize a uint8 array (height, width) to `image_size` = (height, width); see `read` for the options."""
     height, width = image_size
     if fit == "stretch":
@@ -69,7 +93,9 @@ def resize(image: np.ndarray, image_size: tuple[int, int], *, fit: str = "stretc
     inner = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     padded = np.zeros((height, width), np.uint8)
-    padded[top:top + inner[0], left:left + inner[1]] = cv2.resize(image, inner[::-1], interpolation=INTERPOLATIONS[interpolation])
+    padded[top : top + inner[0], left : left + inner[1]] = cv2.resize(
+        image, inner[::-1], interpolation=INTERPOLATIONS[interpolation]
+    )
     return padded
 
 
@@ -103,11 +129,15 @@ def _decode(data: bytes) -> np.ndarray:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if image is None:
             raise ImageError(f"damaged {header.format} (decoder gave up)")
-        return image[..., [2, 1, 0, 3][:image.shape[2]]] if image.ndim == 3 else image
+        return image[..., [2, 1, 0, 3][: image.shape[2]]] if image.ndim == 3 else image
     try:
         image = ImageOps.exif_transpose(header)
         deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
-        return np.asarray(image if deep or image.mode == "L" else image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB"))
+        return np.asarray(
+            image
+            if deep or image.mode == "L"
+            else image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+        )
     except (OSError, ValueError, SyntaxError) as error:
         raise ImageError(f"damaged {header.format}: {error}") from None
 
@@ -128,4 +158,8 @@ def _scale_by_range(image: np.ndarray) -> np.ndarray:
     """Map an array's own minimum to 0 and maximum to 255; a constant array becomes 0."""
     image = np.nan_to_num(image.astype(np.float32))
     low, high = float(image.min()), float(image.max())
-    return np.rint((image - low) * (255 / (high - low))).astype(np.uint8) if high > low else np.zeros(image.shape, np.uint8)
+    return (
+        np.rint((image - low) * (255 / (high - low))).astype(np.uint8)
+        if high > low
+        else np.zeros(image.shape, np.uint8)
+    )

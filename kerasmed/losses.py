@@ -26,8 +26,10 @@ def balanced_class_weights(class_ids: np.ndarray, num_classes: int) -> np.ndarra
     """
     counts = np.bincount(class_ids, minlength=num_classes)
     if (counts == 0).any():
-        raise ValueError(f"classes {np.flatnonzero(counts == 0).tolist()} have no training image, so no weight: counts are "
-                         f"{counts.tolist()}. Add images, change the split's seed, or leave the class out.")
+        raise ValueError(
+            f"classes {np.flatnonzero(counts == 0).tolist()} have no training image, so no weight: counts are "
+            f"{counts.tolist()}. Add images, change the split's seed, or leave the class out."
+        )
     return len(class_ids) / (num_classes * counts)
 
 
@@ -53,7 +55,9 @@ class WeightedCategoricalCrossentropy(keras.losses.Loss):
     Source: Lin et al. 2017, arXiv:1708.02002, equation 5, for softmax and with a weight per class.
     """
 
-    def __init__(self, class_weights=None, focusing: float = 0.0, name: str = "weighted_categorical_crossentropy", **kwargs):
+    def __init__(
+        self, class_weights=None, focusing: float = 0.0, name: str = "weighted_categorical_crossentropy", **kwargs
+    ):
         super().__init__(name=name, **kwargs)
         if focusing < 0:
             raise ValueError(f"`focusing` is {focusing}; expected at least 0 (0 is plain cross-entropy, 2 is usual).")

@@ -37,15 +37,37 @@ def validate(manifest: pd.DataFrame, class_names: Sequence[str], *, exclusive: b
     paths = manifest["image_path"]
     _refuse(manifest, paths.isna(), "image_path", "is empty", "give every row a path")
     _refuse(manifest, paths.duplicated(keep=False), "image_path", "is not unique", "list every image once")
-    _refuse(manifest, paths.map(_leaves_root), "image_path", "leaves the data root",
-            "use paths relative to the data root, without '..'")
-    _refuse(manifest, ~manifest["split"].isin(SPLITS), "split", f"is none of {SPLITS}", "spell it so, or assign splits first")
+    _refuse(
+        manifest,
+        paths.map(_leaves_root),
+        "image_path",
+        "leaves the data root",
+        "use paths relative to the data root, without '..'",
+    )
+    _refuse(
+        manifest,
+        ~manifest["split"].isin(SPLITS),
+        "split",
+        f"is none of {SPLITS}",
+        "spell it so, or assign splits first",
+    )
     for name in class_names:
-        _refuse(manifest, ~(manifest[name].isin((0, 1)) | manifest[name].isna()), name, "is not 1, 0 or NaN",
-                "write 1 for present, 0 for absent and nothing for unknown")
+        _refuse(
+            manifest,
+            ~(manifest[name].isin((0, 1)) | manifest[name].isna()),
+            name,
+            "is not 1, 0 or NaN",
+            "write 1 for present, 0 for absent and nothing for unknown",
+        )
     if exclusive:
         positives = manifest[list(class_names)].sum(axis=1)
-        _refuse(manifest, positives != 1, ", ".join(class_names), "mark none or several classes", "give each image one class")
+        _refuse(
+            manifest,
+            positives != 1,
+            ", ".join(class_names),
+            "mark none or several classes",
+            "give each image one class",
+        )
     return manifest
 
 
@@ -57,7 +79,9 @@ def _leaves_root(path: str) -> bool:
 def _refuse(manifest, wrong, column, what, mend):
     if wrong.any():
         rows = manifest.loc[wrong, "image_path"].head(3).tolist()
-        raise ValueError(f"column {column} {what} in {int(wrong.sum())} of {len(manifest)} rows: {mend}. First rows: {rows}.")
+        raise ValueError(
+            f"column {column} {what} in {int(wrong.sum())} of {len(manifest)} rows: {mend}. First rows: {rows}."
+        )
 
 
 def class_ids(manifest: pd.DataFrame, class_names: Sequence[str]) -> np.ndarray:

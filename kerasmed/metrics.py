@@ -33,20 +33,23 @@ def bootstrap_weights(groups: Sequence, *, num_draws: int = BOOTSTRAPS, seed: in
     return counts.astype(np.float32)[:, group_of_image]
 
 
-def confusion(class_ids: np.ndarray, predicted: np.ndarray, num_classes: int, weights: np.ndarray) -> np.ndarray:
-    """Count true against predicted classes under each row of weights.
+def confusion(
+    class_ids: np.ndarray, predicted: np.ndarray, num_classes: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Count true against predicted classes, rows true, columns predicted.
 
     Args:
         class_ids, predicted: int arrays, shape (num_images,).
         num_classes: how many there are.
-        weights: shape (num_draws, num_images).
+        weights: shape (num_draws, num_images); None counts each image once.
 
     Returns:
-        float64 array, shape (num_draws, num_classes, num_classes), rows true, columns predicted.
+        float64 array, shape (num_draws, num_classes, num_classes), without the first axis where weights is None.
     """
-    cell = np.zeros((len(class_ids), num_classes ** 2), np.float32)
+    cell = np.zeros((len(class_ids), num_classes**2), np.float32)
     cell[np.arange(len(class_ids)), class_ids * num_classes + predicted] = 1
-    return (weights @ cell).astype(np.float64).reshape(-1, num_classes, num_classes)
+    counts = (cell.sum(axis=0) if weights is None else weights @ cell).astype(np.float64)
+    return counts.reshape(*counts.shape[:-1], num_classes, num_classes)
 
 
 def auroc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -79,7 +82,9 @@ def _ratio(numerator, denominator):
     return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)
 
 
-def multiclass(class_ids: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], weights: np.ndarray) -> dict:
+def multiclass(
+    class_ids: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], weights: np.ndarray
+) -> dict:
     """Compute the metrics of exclusive classes under each row of weights.
 
     Accuracy; balanced accuracy (mean sensitivity of the classes that occur); macro F1 and macro AUROC (one against the
@@ -101,7 +106,9 @@ def multiclass(class_ids: np.ndarray, probabilities: np.ndarray, class_names: Se
     occurs = true > 0
     sensitivity = _ratio(right, true)
     f1 = np.where(occurs, _ratio(2 * right, true + predicted), np.nan)
-    areas = np.stack([auroc(class_ids == position, probabilities[:, position], weights) for position in range(num_classes)], axis=1)
+    areas = np.stack(
+        [auroc(class_ids == position, probabilities[:, position], weights) for position in range(num_classes)], axis=1
+    )
     # A draw always holds an image, so at least one class occurs; AUROC needs two.
     macro_area = _ratio(np.nansum(areas, axis=1), np.isfinite(areas).sum(axis=1))
     results = {
@@ -136,8 +143,18 @@ def majority_probabilities(train_ids: np.ndarray, num_rows: int, num_classes: in
     return np.tile(np.bincount(train_ids, minlength=num_classes) / len(train_ids), (num_rows, 1))
 
 
-def multiclass_rows(class_ids: np.ndarray, probabilities: Mapping[str, np.ndarray], groups: Sequence, class_names: Sequence[str], *,
-                    task: str, split: str = "test", prefix: str = "", num_draws: int = BOOTSTRAPS, seed: int = 0) -> list[dict]:
+def multiclass_rows(
+    class_ids: np.ndarray,
+    probabilities: Mapping[str, np.ndarray],
+    groups: Sequence,
+    class_names: Sequence[str],
+    *,
+    task: str,
+    split: str = "test",
+    prefix: str = "",
+    num_draws: int = BOOTSTRAPS,
+    seed: int = 0,
+) -> list[dict]:
     """Tabulate every variant's metrics with intervals, each beside the strongest baseline on the same draws.
 
     Args:
@@ -166,31 +183,54 @@ def multiclass_rows(class_ids: np.ndarray, probabilities: Mapping[str, np.ndarra
         raise ValueError(f"the {split} split of {task} has no image; change the shares or the seed of the split.")
     for name, values in probabilities.items():
         if np.shape(values) != (len(class_ids), len(class_names)) or not np.isfinite(values).all():
-            raise ValueError(f"`probabilities` of {name} have shape {np.shape(values)}; expected {(len(class_ids), len(class_names))}, all finite.")
+            raise ValueError(
+                f"`probabilities` of {name} have shape {np.shape(values)}; "
+                f"expected {(len(class_ids), len(class_names))}, all finite."
+            )
     draws = bootstrap_weights(groups, num_draws=num_draws, seed=seed)
     once = np.ones((1, len(class_ids)), np.float32)
     points = {name: multiclass(class_ids, values, class_names, once) for name, values in probabilities.items()}
     spreads = {name: multiclass(class_ids, values, class_names, draws) for name, values in probabilities.items()}
     present = set(np.asarray(class_names)[np.unique(class_ids)])
-    common = {"task": task, "split": split, "n": len(class_ids), "n_groups": len(np.unique(np.asarray(groups).astype(str)))}
+    common = {
+        "task": task,
+        "split": split,
+        "n": len(class_ids),
+        "n_groups": len(np.unique(np.asarray(groups).astype(str))),
+    }
     rows = []
     for name in probabilities:
         for key, value in points[name].items():
             metric, label = key
             value = float(value[0])
-            row = {**common, "variant": name, "metric": metric, "label": prefix + label if label == "all" else label,
-                   "value": None if np.isnan(value) else value, "ci95": None, "baseline": None}
+            row = {
+                **common,
+                "variant": name,
+                "metric": metric,
+                "label": prefix + label if label == "all" else label,
+                "value": None if np.isnan(value) else value,
+                "ci95": None,
+                "baseline": None,
+            }
             if np.isnan(value):
-                row["reason"] = (f"no {label} in the {split} split" if label not in present and label != "all"
-                                 else "never predicted" if metric == "precision" else "one class only")
+                row["reason"] = (
+                    f"no {label} in the {split} split"
+                    if label not in present and label != "all"
+                    else "never predicted"
+                    if metric == "precision"
+                    else "one class only"
+                )
             else:
                 row["ci95"] = interval(spreads[name][key])
                 rivals = [rival for rival in baselines if np.isfinite(points[rival][key][0])]
                 if name not in BASELINES and rivals:
                     best = max(rivals, key=lambda rival: points[rival][key][0])
-                    row["baseline"] = {"variant": best, "value": float(points[best][key][0]),
-                                       "difference": value - float(points[best][key][0]),
-                                       "difference_ci95": interval(spreads[name][key] - spreads[best][key])}
+                    row["baseline"] = {
+                        "variant": best,
+                        "value": float(points[best][key][0]),
+                        "difference": value - float(points[best][key][0]),
+                        "difference_ci95": interval(spreads[name][key] - spreads[best][key]),
+                    }
             rows.append(row)
     return rows
 
@@ -204,13 +244,16 @@ def tabulate(rows: Sequence[Mapping]) -> pd.DataFrame:
     records = []
     for row in rows:
         rival = row["baseline"]
-        records.append({
-            **{name: row[name] for name in ("task", "label", "metric", "variant")},
-            "shown": row["reason"] if row["value"] is None else _with_interval(row["value"], row["ci95"]),
-            "baseline": f"{rival['variant']} {rival['value']:.3f}" if rival else "",
-            "difference": _with_interval(rival["difference"], rival["difference_ci95"], "+") if rival else "",
-            "n": row["n"], "n_groups": row["n_groups"],
-        })
+        records.append(
+            {
+                **{name: row[name] for name in ("task", "label", "metric", "variant")},
+                "shown": row["reason"] if row["value"] is None else _with_interval(row["value"], row["ci95"]),
+                "baseline": f"{rival['variant']} {rival['value']:.3f}" if rival else "",
+                "difference": _with_interval(rival["difference"], rival["difference_ci95"], "+") if rival else "",
+                "n": row["n"],
+                "n_groups": row["n_groups"],
+            }
+        )
     return pd.DataFrame(records)
 
 

@@ -26,9 +26,13 @@ def classification_head(features, num_classes: int, *, dropout: float = 0.0, act
         Tensor of probabilities, shape (batch, num_classes).
     """
     if activation not in ("softmax", "sigmoid"):
-        raise ValueError(f"`activation` is {activation!r}; expected 'softmax' (multi-class) or 'sigmoid' (multi-label).")
+        raise ValueError(
+            f"`activation` is {activation!r}; expected 'softmax' (multi-class) or 'sigmoid' (multi-label)."
+        )
     if num_classes < (2 if activation == "softmax" else 1):
-        raise ValueError(f"`num_classes` is {num_classes}; a {activation} head needs at least {2 if activation == 'softmax' else 1}.")
+        raise ValueError(
+            f"`num_classes` is {num_classes}; a {activation} head needs at least {2 if activation == 'softmax' else 1}."
+        )
     if dropout:
         features = layers.Dropout(dropout, name="head_dropout")(features)
     logits = layers.Dense(num_classes, dtype="float32", name="logits")(features)
@@ -36,14 +40,28 @@ def classification_head(features, num_classes: int, *, dropout: float = 0.0, act
 
 
 def _conv_bn(x, filters, name, *, kernel_size=3, strides=1, relu=True):
-    x = layers.Conv2D(filters, kernel_size, strides, padding="same", use_bias=False, kernel_initializer="he_normal",
-                      name=f"{name}_conv")(x)
+    x = layers.Conv2D(
+        filters,
+        kernel_size,
+        strides,
+        padding="same",
+        use_bias=False,
+        kernel_initializer="he_normal",
+        name=f"{name}_conv",
+    )(x)
     x = layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM, name=f"{name}_bn")(x)
     return layers.ReLU(name=f"{name}_relu")(x) if relu else x
 
 
-def compact_cnn(image_size: tuple[int, int], num_classes: int, *, filters: tuple[int, ...] = (32, 64, 128, 256),
-                dropout: float = 0.3, activation: str = "softmax", name: str = "compact_cnn") -> keras.Model:
+def compact_cnn(
+    image_size: tuple[int, int],
+    num_classes: int,
+    *,
+    filters: tuple[int, ...] = (32, 64, 128, 256),
+    dropout: float = 0.3,
+    activation: str = "softmax",
+    name: str = "compact_cnn",
+) -> keras.Model:
     """Build a small residual network that learns from scratch on a few thousand images.
 
     A 3×3 stem of stride 2, then one residual block of two 3×3 convolutions per entry of `filters` (every block but the
@@ -63,7 +81,9 @@ def compact_cnn(image_size: tuple[int, int], num_classes: int, *, filters: tuple
     """
     smallest = 2 ** len(filters)
     if min(image_size) < smallest:
-        raise ValueError(f"`image_size` is {tuple(image_size)}; {len(filters)} blocks need at least {smallest} pixels a side.")
+        raise ValueError(
+            f"`image_size` is {tuple(image_size)}; {len(filters)} blocks need at least {smallest} pixels a side."
+        )
     inputs = keras.Input((*image_size, 1), dtype="uint8", name="image")
     x = layers.Rescaling(1 / 127.5, offset=-1.0, name="preprocess")(inputs)
     x = _conv_bn(x, filters[0], "stem", strides=2)

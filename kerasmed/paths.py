@@ -34,7 +34,7 @@ def data_root(given: str | os.PathLike | None = None) -> Path:
 
 
 def is_data_root_chosen(given: str | os.PathLike | None = None) -> bool:
-    """Say whether somebody named the data root, so that missing data there is a mistake and no reason for synthetic data."""
+    """Say whether somebody named the data root: data missing there is a mistake, no reason for synthetic data."""
     return bool(given or os.environ.get("KERASMED_DATA"))
 
 

@@ -38,8 +38,17 @@ class Store(NamedTuple):
 
 # --- the decoded store -----------------------------------------------------------------------------------------------
 
-def decode(manifest: pd.DataFrame, root, *, image_size: tuple[int, int], read_options: Mapping | None = None, jobs: int = -1,
-           max_quarantined_share: float = 0.05, progress: bool = True) -> Store:
+
+def decode(
+    manifest: pd.DataFrame,
+    root,
+    *,
+    image_size: tuple[int, int],
+    read_options: Mapping | None = None,
+    jobs: int = -1,
+    max_quarantined_share: float = 0.05,
+    progress: bool = True,
+) -> Store:
     """Decode every image of a manifest once, or open the store that an earlier call has finished.
 
     Work is done in shards of 256 images, each written whole, so that a killed call goes on where it stopped and shards
@@ -70,12 +79,19 @@ def decode(manifest: pd.DataFrame, root, *, image_size: tuple[int, int], read_op
     quarantine = pd.read_csv(target / "quarantine.csv")
     if len(quarantine) > max_quarantined_share * len(manifest):
         first = "; ".join(f"{row.image_path}: {row.reason}" for row in quarantine.head(3).itertuples())
-        raise ValueError(f"{len(quarantine)} of {len(manifest)} files cannot be read, more than the share of "
-                         f"{max_quarantined_share} that is put up with (`max_quarantined_share`). First: {first}. "
-                         f"All: {target / 'quarantine.csv'}.")
+        raise ValueError(
+            f"{len(quarantine)} of {len(manifest)} files cannot be read, more than the share of "
+            f"{max_quarantined_share} that is put up with (`max_quarantined_share`). First: {first}. "
+            f"All: {target / 'quarantine.csv'}."
+        )
     readable = ~manifest["image_path"].isin(quarantine["image_path"])
-    return Store(np.load(target / "images.npy", mmap_mode="r"), np.load(target / "thumbnails.npy", mmap_mode="r"),
-                 manifest[readable].reset_index(drop=True), quarantine, target)
+    return Store(
+        np.load(target / "images.npy", mmap_mode="r"),
+        np.load(target / "thumbnails.npy", mmap_mode="r"),
+        manifest[readable].reset_index(drop=True),
+        quarantine,
+        target,
+    )
 
 
 def _store_fingerprint(image_paths, root, image_size, options) -> str:
@@ -96,18 +112,31 @@ def _build(target, image_paths, root, image_size, options, jobs, progress):
     building.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(image_paths), SHARD_ROWS)
     shards = [building / f"{start:09d}.npz" for start in starts]
-    missing = [(shard, image_paths[start:start + SHARD_ROWS]) for shard, start in zip(shards, starts) if not shard.exists()]
+    missing = [
+        (shard, image_paths[start : start + SHARD_ROWS]) for shard, start in zip(shards, starts) if not shard.exists()
+    ]
     # Threads: decoding and resizing release the interpreter's lock. A Dask backend set by the caller takes precedence.
     done = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator_unordered")(
-        joblib.delayed(decode_shard)(shard, root, part, image_size, options) for shard, part in missing)
-    with tqdm(total=len(image_paths), initial=len(image_paths) - sum(len(part) for _, part in missing), unit="image",
-              desc="decode", disable=not progress, mininterval=1, ascii=True, ncols=80) as bar:
+        joblib.delayed(decode_shard)(shard, root, part, image_size, options) for shard, part in missing
+    )
+    with tqdm(
+        total=len(image_paths),
+        initial=len(image_paths) - sum(len(part) for _, part in missing),
+        unit="image",
+        desc="decode",
+        disable=not progress,
+        mininterval=1,
+        ascii=True,
+        ncols=80,
+    ) as bar:
         for count in done:
             bar.update(count)
     _assemble(target, building, shards, image_paths, image_size)
 
 
-def decode_shard(shard: Path, root: Path, image_paths: Sequence[str], image_size: tuple[int, int], options: Mapping) -> int:
+def decode_shard(
+    shard: Path, root: Path, image_paths: Sequence[str], image_size: tuple[int, int], options: Mapping
+) -> int:
     """Decode some images into one shard file, written whole: images, thumbnails, reasons.
 
     Returns:
@@ -119,7 +148,9 @@ def decode_shard(shard: Path, root: Path, image_paths: Sequence[str], image_size
     return len(image_paths)
 
 
-def decode_files(root: Path, image_paths: Sequence[str], image_size: tuple[int, int], options: Mapping) -> tuple[np.ndarray, ...]:
+def decode_files(
+    root: Path, image_paths: Sequence[str], image_size: tuple[int, int], options: Mapping
+) -> tuple[np.ndarray, ...]:
     """Decode image files, each once, and note why any could not be read.
 
     Returns:
@@ -142,16 +173,24 @@ def decode_files(root: Path, image_paths: Sequence[str], image_size: tuple[int, 
     return pixels, thumbnails, np.array(reasons, dtype=str)
 
 
-def decode_stream(root, image_paths: Sequence[str], *, image_size: tuple[int, int], read_options: Mapping | None = None,
-                  jobs: int = -1, chunk: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def decode_stream(
+    root,
+    image_paths: Sequence[str],
+    *,
+    image_size: tuple[int, int],
+    read_options: Mapping | None = None,
+    jobs: int = -1,
+    chunk: int = 64,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Decode files in parallel and in order without keeping them: for prediction, which looks at an image once.
 
     Yields:
         uint8 images (at most `chunk`, height, width) and str reasons, as `decode_files`.
     """
-    parts = (image_paths[start:start + chunk] for start in range(0, len(image_paths), chunk))
+    parts = (image_paths[start : start + chunk] for start in range(0, len(image_paths), chunk))
     decoded = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(
-        joblib.delayed(decode_files)(Path(root), part, image_size, dict(read_options or {})) for part in parts)
+        joblib.delayed(decode_files)(Path(root), part, image_size, dict(read_options or {})) for part in parts
+    )
     for pixels, _, reasons in decoded:
         yield pixels, reasons
 
@@ -168,10 +207,12 @@ def _assemble(target, building, shards, image_paths, image_size):
         for shard in shards:
             with np.load(shard) as part:
                 kept = part[name][part["reasons"] == ""]
-            array[row:row + len(kept)] = kept
+            array[row : row + len(kept)] = kept
             row += len(kept)
         array.flush()
-    pd.DataFrame({"image_path": image_paths, "reason": reasons}).query("reason != ''").to_csv(joined / "quarantine.csv", index=False)
+    pd.DataFrame({"image_path": image_paths, "reason": reasons}).query("reason != ''").to_csv(
+        joined / "quarantine.csv", index=False
+    )
     try:
         os.rename(joined, target)
     except OSError:
@@ -184,14 +225,24 @@ def _assemble(target, building, shards, image_paths, image_size):
 
 # --- batches ---------------------------------------------------------------------------------------------------------
 
+
 @functools.lru_cache(maxsize=4)
 def epoch_order(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
     """Return the order of rows in an epoch: a permutation drawn from (seed, epoch), int, shape (num_rows,)."""
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
-def batch(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray, *, seed: int, epoch: int, index: int, batch_size: int,
-          augment: Callable | None = None) -> tuple[np.ndarray, np.ndarray]:
+def batch(
+    images_: np.ndarray,
+    rows: np.ndarray,
+    targets: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    index: int,
+    batch_size: int,
+    augment: Callable | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Make one training batch, a function of (seed, epoch, index) alone.
 
     Args:
@@ -205,10 +256,10 @@ def batch(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray, *, seed: i
     Returns:
         uint8 images (batch, height, width, 1) and their targets.
     """
-    chosen = epoch_order(len(rows), seed=seed, epoch=epoch)[index * batch_size:(index + 1) * batch_size]
+    chosen = epoch_order(len(rows), seed=seed, epoch=epoch)[index * batch_size : (index + 1) * batch_size]
     pixels = images_[rows[chosen]]
     if augment is not None:
-        pixels = augment(pixels, int(np.random.default_rng((seed, epoch, index)).integers(2 ** 31)))
+        pixels = augment(pixels, int(np.random.default_rng((seed, epoch, index)).integers(2**31)))
     return pixels[..., None], targets[chosen]
 
 
@@ -217,9 +268,17 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     return -(-num_rows // batch_size)
 
 
-def batches(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray, *, batch_size: int, seed: int, first_epoch: int = 0,
-            augment: Callable | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the training batches of epoch `first_epoch`, the next, and so on without end; some are made ahead in threads.
+def batches(
+    images_: np.ndarray,
+    rows: np.ndarray,
+    targets: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    first_epoch: int = 0,
+    augment: Callable | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the training batches of epoch `first_epoch`, the next, and so on without end, some made ahead in threads.
 
     See `batch` for the arguments.
     """
@@ -227,7 +286,9 @@ def batches(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray, *, batch
 
     def make(number):
         epoch, index = divmod(number, steps)
-        return batch(images_, rows, targets, seed=seed, epoch=epoch, index=index, batch_size=batch_size, augment=augment)
+        return batch(
+            images_, rows, targets, seed=seed, epoch=epoch, index=index, batch_size=batch_size, augment=augment
+        )
 
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="batches") as pool:
         number = first_epoch * steps
@@ -242,12 +303,19 @@ def training_dataset(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray,
     """Wrap `batches` in a `tf.data.Dataset` without end; use it with `steps_per_epoch`."""
     import tensorflow as tf
 
-    signature = (tf.TensorSpec((None, *images_.shape[1:], 1), tf.uint8), tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
-    dataset = tf.data.Dataset.from_generator(lambda: batches(images_, rows, targets, **options), output_signature=signature)
+    signature = (
+        tf.TensorSpec((None, *images_.shape[1:], 1), tf.uint8),
+        tf.TensorSpec((None, *targets.shape[1:]), targets.dtype),
+    )
+    dataset = tf.data.Dataset.from_generator(
+        lambda: batches(images_, rows, targets, **options), output_signature=signature
+    )
     return dataset.prefetch(2)
 
 
-def evaluation_dataset(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray | None = None, *, batch_size: int = 64):
+def evaluation_dataset(
+    images_: np.ndarray, rows: np.ndarray, targets: np.ndarray | None = None, *, batch_size: int = 64
+):
     """Make a `tf.data.Dataset` of every row once, in order, never augmented.
 
     Args:
@@ -263,8 +331,8 @@ def evaluation_dataset(images_: np.ndarray, rows: np.ndarray, targets: np.ndarra
 
     def generate():
         for start in range(0, len(rows), batch_size):
-            pixels = images_[rows[start:start + batch_size]][..., None]
-            yield pixels if targets is None else (pixels, targets[start:start + batch_size])
+            pixels = images_[rows[start : start + batch_size]][..., None]
+            yield pixels if targets is None else (pixels, targets[start : start + batch_size])
 
     pixels = tf.TensorSpec((None, *images_.shape[1:], 1), tf.uint8)
     signature = pixels if targets is None else (pixels, tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))

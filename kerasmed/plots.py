@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#3b6ea5", "#d98c3f", "#5b9a68", "#b5524d", "#7d6aa8", "#6f6f6f")
 
@@ -19,7 +20,9 @@ def _figure(width, height, rows=1, columns=1, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def image_grid(images: np.ndarray, captions: Sequence[str], *, title: str, columns: int = 8, row_labels: Sequence[str] = ()) -> Figure:
+def image_grid(
+    images: np.ndarray, captions: Sequence[str], *, title: str, columns: int = 8, row_labels: Sequence[str] = ()
+) -> Figure:
     """Show uint8 images (num_images, height, width) in a grid, each under its caption, black at 0 and white at 255."""
     rows = -(-len(images) // columns)
     figure, axes = _figure(1.5 * columns, 1.65 * rows + 0.4, rows, columns)
@@ -48,7 +51,7 @@ def class_counts(counts: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
             axis.text(total, position, f" {int(total)} in {num_groups} groups", va="center", fontsize=8)
         axis.set(title=task, xlabel="images", xlim=(0, left.max() * 1.4))
         axis.invert_yaxis()
-        axis.legend(fontsize=8, loc="lower right")
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -58,8 +61,14 @@ def group_sizes(sizes: Mapping[str, np.ndarray], *, title: str) -> Figure:
     figure, axes = _figure(4.5 * len(sizes), 2.8, 1, len(sizes))
     for axis, (task, values) in zip(axes[0], sizes.items()):
         axis.hist(values, bins=np.arange(0.5, values.max() + 1.5), color=COLOURS[0])
-        axis.set(title=f"{task}: {len(values)} groups of {int(values.sum())} images", xlabel="images in a group", ylabel="groups", yscale="log")
+        axis.set(
+            title=f"{task}: {len(values)} groups of {int(values.sum())} images",
+            xlabel="images in a group",
+            ylabel="groups",
+            yscale="log",
+        )
         axis.set_ylim(bottom=0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -74,6 +83,7 @@ def learning_curves(histories: Mapping[str, pd.DataFrame], *, title: str) -> Fig
             axis.plot(history["epoch"], history[f"val_{metric}"], color=COLOURS[1], label="validation")
             axis.axvline(best, color="grey", linestyle="--", linewidth=1, label=f"kept: epoch {best}")
             axis.set(title=f"{name}: {metric}", xlabel="epoch", ylabel=metric)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.legend(fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
@@ -87,7 +97,14 @@ def confusion(tables: Mapping[str, np.ndarray], class_names: Mapping[str, Sequen
         shares = np.divide(table, totals, out=np.zeros_like(table, dtype=float), where=totals > 0)
         mesh = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(table):
-            axis.text(column, row, int(count), ha="center", va="center", color="white" if shares[row, column] > 0.5 else "black")
+            axis.text(
+                column,
+                row,
+                int(count),
+                ha="center",
+                va="center",
+                color="white" if shares[row, column] > 0.5 else "black",
+            )
         ticks = range(len(table))
         axis.set_xticks(ticks, class_names[name], rotation=30, ha="right", fontsize=8)
         axis.set_yticks(ticks, class_names[name], fontsize=8)
@@ -97,32 +114,49 @@ def confusion(tables: Mapping[str, np.ndarray], class_names: Mapping[str, Sequen
     return figure
 
 
-def metric_intervals(rows: Sequence[Mapping], *, metrics: Sequence[str], title: str, ceilings: Mapping[str, float] | None = None) -> Figure:
-    """Draw the value and 95 % interval of each variant, a panel a task, baselines among them.
+def metric_intervals(
+    rows: Sequence[Mapping], *, metrics: Sequence[str], title: str, ceilings: Mapping[str, float] | None = None
+) -> Figure:
+    """Draw the value and 95 % interval of each variant, a panel a task: models in blue, baselines in grey.
 
     Args:
         rows: of `kerasmed.metrics.multiclass_rows`; those labelled "all" are drawn.
         metrics: which ones, in order.
         title: of the figure.
-        ceilings: task -> best attainable value, where it is known.
+        ceilings: task -> best attainable accuracy and balanced accuracy, where it is known; a dashed line.
     """
     table = pd.DataFrame([row for row in rows if row["label"] == "all" and row["metric"] in metrics])
     tasks = list(dict.fromkeys(table["task"]))
-    figure, axes = _figure(5.5 * len(tasks), 0.45 * len(metrics) * table["variant"].nunique() + 1.4, 1, len(tasks))
+    num_lines = max(table["task"].value_counts())
+    figure, axes = _figure(5.8 * len(tasks), 0.36 * num_lines + 1.3, 1, len(tasks))
     for axis, task in zip(axes[0], tasks):
         labels = []
-        for position, row in enumerate(row for metric in metrics for row in table[(table["task"] == task) & (table["metric"] == metric)].to_dict("records")):
-            is_model = row["baseline"] is not None
-            low, high = row["ci95"]
-            axis.plot([low, high], [position] * 2, color=COLOURS[0] if is_model else COLOURS[5], linewidth=2)
-            axis.plot(row["value"], position, "o", color=COLOURS[0] if is_model else COLOURS[5])
-            axis.text(row["value"], position - 0.22, f"{row['value']:.3f}", ha="center", va="bottom", fontsize=7)
-            labels.append(f"{row['metric'].replace('_', ' ')}: {row['variant'].replace('_', ' ')}")
-        if ceilings and task in ceilings:
-            axis.axvline(ceilings[task], color=COLOURS[3], linestyle="--", linewidth=1, label=f"ceiling {ceilings[task]:.2f}")
-            axis.legend(fontsize=8, loc="lower left")
+        ordered = [
+            row
+            for metric in metrics
+            for row in table[(table["task"] == task) & (table["metric"] == metric)].to_dict("records")
+        ]
+        for position, row in enumerate(ordered):
+            colour = COLOURS[5] if row["baseline"] is None else COLOURS[0]
+            axis.plot(row["ci95"] or [row["value"]] * 2, [position] * 2, color=colour, linewidth=2)
+            axis.plot(row["value"], position, "o", color=colour)
+            axis.text(row["value"], position - 0.18, f"{row['value']:.3f}", ha="center", va="bottom", fontsize=7)
+            if ceilings and "accuracy" in row["metric"]:
+                axis.plot(
+                    [ceilings[task]] * 2,
+                    [position - 0.5, position + 0.5],
+                    color=COLOURS[3],
+                    linestyle="--",
+                    linewidth=1,
+                )
+            labels.append(f"{row['metric'].replace('_', ' ')}: {row['variant'].split('/')[-1].replace('_', ' ')}")
         axis.set_yticks(range(len(labels)), labels, fontsize=8)
-        axis.set(title=task, xlabel="value, 95 % interval over groups", xlim=(0, 1.02), ylim=(len(labels) - 0.4, -0.7))
+        axis.set(
+            title=task + (f" (dashed: ceiling {ceilings[task]:.2f})" if ceilings else ""),
+            xlabel="value, 95 % interval over groups",
+            xlim=(-0.02, 1.04),
+            ylim=(len(labels) - 0.4, -0.8),
+        )
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -141,12 +175,21 @@ def model_diagram(model, *, title: str) -> Figure:
         kinds = ", ".join(dict.fromkeys(type(layer).__name__.removesuffix("2D") for layer in members))
         shape = "×".join(str(side) for side in members[-1].output.shape[1:])
         weights = sum(layer.count_params() for layer in members)
-        axis.add_patch(FancyBboxPatch((position * 1.2, 0), 1, 1, boxstyle="round,pad=0.02", facecolor="#e8eef5", edgecolor=COLOURS[0]))
-        axis.text(position * 1.2 + 0.5, 0.86, name, ha="center", va="center", fontsize=8, weight="bold")
-        axis.text(position * 1.2 + 0.5, 0.48, kinds.replace(", ", "\n"), ha="center", va="center", fontsize=6)
-        axis.text(position * 1.2 + 0.5, 0.08, f"{shape}\n{weights:,} weights", ha="center", va="bottom", fontsize=6)
+        axis.add_patch(
+            FancyBboxPatch(
+                (position * 1.2, 0), 1, 1, boxstyle="round,pad=0.02", facecolor="#e8eef5", edgecolor=COLOURS[0]
+            )
+        )
+        axis.text(position * 1.2 + 0.5, 0.86, name, ha="center", va="center", fontsize=9, weight="bold")
+        axis.text(position * 1.2 + 0.5, 0.48, kinds.replace(", ", "\n"), ha="center", va="center", fontsize=7)
+        axis.text(position * 1.2 + 0.5, 0.08, f"{shape}\n{weights:,} weights", ha="center", va="bottom", fontsize=7)
         if position:
-            axis.annotate("", (position * 1.2 - 0.02, 0.5), (position * 1.2 - 0.18, 0.5), arrowprops={"arrowstyle": "->", "color": "grey"})
+            axis.annotate(
+                "",
+                (position * 1.2 - 0.02, 0.5),
+                (position * 1.2 - 0.18, 0.5),
+                arrowprops={"arrowstyle": "->", "color": "grey"},
+            )
     axis.set(xlim=(-0.1, len(blocks) * 1.2), ylim=(-0.1, 1.1))
     axis.set_axis_off()
     figure.suptitle(f"{title}: {model.count_params():,} weights", fontsize=11)

@@ -32,6 +32,7 @@ KEY_DIGITS = 10
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
+
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it to `path` if the block succeeds, delete it if not.
@@ -86,6 +87,7 @@ def write_model(path: str | os.PathLike, model) -> None:
 
 # --- identity --------------------------------------------------------------------------------------------------------
 
+
 def sources_hash(notebook: str) -> str:
     """Hash the package's sources and the code cells of a notebook (but the parameters cell), hexadecimal."""
     digest = hashlib.sha256()
@@ -106,8 +108,12 @@ def key(notebook: str, parameters: Mapping, fingerprint: str) -> str:
     Returns:
         10 hexadecimal digits.
     """
-    identity = {"notebook": notebook, "data": fingerprint, "sources": sources_hash(notebook),
-                "parameters": {name: value for name, value in parameters.items() if name not in LOCATION_PARAMETERS}}
+    identity = {
+        "notebook": notebook,
+        "data": fingerprint,
+        "sources": sources_hash(notebook),
+        "parameters": {name: value for name, value in parameters.items() if name not in LOCATION_PARAMETERS},
+    }
     return hashlib.sha256(json.dumps(_plain(identity), sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
 
 
@@ -119,12 +125,21 @@ def folder(system: str, notebook: str, parameters: Mapping, fingerprint: str, *,
 
 # --- a run's life ----------------------------------------------------------------------------------------------------
 
+
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def start(system: str, notebook: str, parameters: Mapping, *, fingerprint: str, data_source: str, environment: Mapping,
-          models_root=None) -> Path:
+def start(
+    system: str,
+    notebook: str,
+    parameters: Mapping,
+    *,
+    fingerprint: str,
+    data_source: str,
+    environment: Mapping,
+    models_root=None,
+) -> Path:
     """Open a run's folder, new or left by a killed run, and write its status, parameters and environment.
 
     Args:
@@ -141,12 +156,23 @@ def start(system: str, notebook: str, parameters: Mapping, *, fingerprint: str, 
     """
     run = folder(system, notebook, parameters, fingerprint, models_root=models_root)
     (run / "figures").mkdir(parents=True, exist_ok=True)
+    # Metrics of an earlier execution must not outlive it.
+    (run / "metrics.json").unlink(missing_ok=True)
     write_json(run / "params.json", parameters)
     write_json(run / "environment.json", {**environment, "data_source": data_source, "fingerprint": fingerprint})
-    write_json(run / "status.json", {
-        "status": "running", "system": system, "notebook": notebook, "profile": parameters["profile"],
-        "data_source": data_source, "started": _now(), "pid": os.getpid(), "host": _host_hash(),
-    })
+    write_json(
+        run / "status.json",
+        {
+            "status": "running",
+            "system": system,
+            "notebook": notebook,
+            "profile": parameters["profile"],
+            "data_source": data_source,
+            "started": _now(),
+            "pid": os.getpid(),
+            "host": _host_hash(),
+        },
+    )
     return run
 
 
@@ -158,7 +184,7 @@ def _host_hash() -> str:
 def save_figure(run: Path, figure, name: str) -> Path:
     """Write a matplotlib figure to `figures/<name>.png`; one made from synthetic data says so on itself."""
     if read_json(run / "environment.json")["data_source"] == "synthetic":
-        figure.text(0.995, 0.005, "synthetic data", ha="right", va="bottom", fontsize=8, color="firebrick", alpha=0.8)
+        figure.text(1, -0.01, "synthetic data", ha="right", va="top", fontsize=9, color="firebrick")
     path = run / "figures" / f"{name}.png"
     with whole(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
@@ -175,8 +201,10 @@ def variant_folder(run: Path, variant: str) -> Path:
 def promote(run: Path, variant: str, name: str) -> None:
     """Copy the model chosen on validation up to `<name>.keras`, its history to `history-<name>.csv`."""
     source = variant_folder(run, variant)
-    for origin, target in ((source / "model.keras", run / f"{name}.keras"),
-                           (source / "history.csv", run / f"history-{name}.csv")):
+    for origin, target in (
+        (source / "model.keras", run / f"{name}.keras"),
+        (source / "history.csv", run / f"history-{name}.csv"),
+    ):
         with whole(target) as temporary:
             shutil.copyfile(origin, temporary)
 
@@ -187,8 +215,8 @@ def finish(run: Path, *, headline: Sequence[Mapping], rows: Sequence[Mapping]) -
     Args:
         run: the run folder.
         headline: the rows that answer the notebook's question; their values are finite.
-        rows: dicts of `kerasmed.metrics.multiclass_rows`: task, variant, split, metric, label, value, ci95, n, n_groups,
-            baseline. An undefined value is None or NaN and has a `reason`.
+        rows: dicts of `kerasmed.metrics.multiclass_rows`: task, variant, split, metric, label, value, ci95, n,
+            n_groups, baseline. An undefined value is None or NaN and has a `reason`.
 
     Returns:
         What was written.
@@ -201,13 +229,19 @@ def finish(run: Path, *, headline: Sequence[Mapping], rows: Sequence[Mapping]) -
         raise ValueError("`headline` is empty; name at least one row that answers the notebook's question.")
     for row in headline:
         if row["value"] is None or not math.isfinite(row["value"]):
-            raise ValueError(f"headline {row['task']} {row['metric']} is {row['value']}; it must be finite: {row.get('reason')}")
+            raise ValueError(
+                f"headline {row['task']} {row['metric']} is {row['value']}; it must be finite: {row.get('reason')}"
+            )
         if not row["baseline"]:
             raise ValueError(f"headline {row['task']} {row['metric']} has no baseline beside it.")
     for row in rows:
         if (row["value"] is None or not math.isfinite(row["value"])) and not row.get("reason"):
             raise ValueError(f"row {row['variant']} {row['metric']} {row['label']} has no value and no `reason`.")
-    content = {"data_source": read_json(run / "environment.json")["data_source"], "headline": list(headline), "rows": list(rows)}
+    content = {
+        "data_source": read_json(run / "environment.json")["data_source"],
+        "headline": list(headline),
+        "rows": list(rows),
+    }
     write_json(run / "metrics.json", content)
     set_status(run, "complete")
     return content
@@ -221,6 +255,7 @@ def set_status(run: Path, status: str, **details) -> None:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+
 
 def status(run: Path) -> dict:
     """Read status.json; a run marked "running" whose process is gone from this machine reads as "interrupted"."""
@@ -254,10 +289,16 @@ def find(system: str, notebook: str | None = None, *, run: str | os.PathLike = "
         for candidate in (Path(run), home / str(run)):
             if (candidate / "status.json").exists():
                 if status(candidate)["status"] != "complete":
-                    raise FileNotFoundError(f"run {candidate} is {status(candidate)['status']}, not complete; finish it with {command}.")
+                    raise FileNotFoundError(
+                        f"run {candidate} is {status(candidate)['status']}, not complete; finish it with {command}."
+                    )
                 return candidate
         raise FileNotFoundError(f"no run folder at {run}, nor under {home}; make one with {command}.")
-    complete = [path.parent for path in home.glob(f"{notebook or ''}*/status.json") if status(path.parent)["status"] == "complete"]
+    complete = [
+        path.parent
+        for path in home.glob(f"{notebook or ''}*/status.json")
+        if status(path.parent)["status"] == "complete"
+    ]
     if not complete:
         raise FileNotFoundError(f"no complete run of {notebook or system} under {home}; make one with {command}.")
     return max(complete, key=lambda path: status(path)["finished"])
@@ -274,31 +315,68 @@ def collect(models_root=None) -> pd.DataFrame:
         baseline_value, error, folder; newest run last.
     """
     top = paths.models_root(models_root)
-    found = sorted({path.parent for depth in ("", "*/", "*/*/") for path in top.glob(f"{depth}status.json")},
-                   key=lambda run: status(run).get("started", ""))
+    found = sorted(
+        {path.parent for depth in ("", "*/", "*/*/") for path in top.glob(f"{depth}status.json")},
+        key=lambda run: status(run).get("started", ""),
+    )
     records = []
     for run in found:
         state = status(run)
-        common = {"run": run.name, "status": state["status"], "data_source": state.get("data_source"),
-                  "error": state.get("error"), "folder": str(run)}
+        common = {
+            "run": run.name,
+            "status": state["status"],
+            "data_source": state.get("data_source"),
+            "error": state.get("error"),
+            "folder": str(run),
+        }
         headline = read_json(run / "metrics.json")["headline"] if state["status"] == "complete" else [{}]
         for row in headline:
             low, high = row.get("ci95") or (None, None)
-            records.append({**common, **{name: row.get(name) for name in ("task", "variant", "metric", "label", "value")},
-                            "ci_low": low, "ci_high": high, "baseline": (row.get("baseline") or {}).get("variant"),
-                            "baseline_value": (row.get("baseline") or {}).get("value")})
-    columns = ["run", "status", "data_source", "task", "variant", "metric", "label", "value", "ci_low", "ci_high", "baseline",
-               "baseline_value", "error", "folder"]
+            records.append(
+                {
+                    **common,
+                    **{name: row.get(name) for name in ("task", "variant", "metric", "label", "value")},
+                    "ci_low": low,
+                    "ci_high": high,
+                    "baseline": (row.get("baseline") or {}).get("variant"),
+                    "baseline_value": (row.get("baseline") or {}).get("value"),
+                }
+            )
+    columns = [
+        "run",
+        "status",
+        "data_source",
+        "task",
+        "variant",
+        "metric",
+        "label",
+        "value",
+        "ci_low",
+        "ci_high",
+        "baseline",
+        "baseline_value",
+        "error",
+        "folder",
+    ]
     return pd.DataFrame(records, columns=columns)
 
 
 def write_html(path: str | os.PathLike, table: pd.DataFrame) -> None:
     """Write a table of `collect` as one page without scripts or outside resources."""
-    style = ("body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.3em .7em;text-align:left;"
-             "border-bottom:1px solid #ddd}td:nth-child(n+8):nth-child(-n+10),td:nth-child(12){text-align:right}")
+    style = (
+        "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.3em .7em;text-align:left;"
+        "border-bottom:1px solid #ddd}td:nth-child(n+8):nth-child(-n+10),td:nth-child(12){text-align:right}"
+    )
     linked = table.assign(folder=[f'<a href="{Path(folder).as_uri()}">folder</a>' for folder in table["folder"]])
     for column in linked.columns.drop(["folder"]):
-        linked[column] = linked[column].map(lambda value: "" if pd.isna(value) else f"{value:.3f}" if isinstance(value, float) else html.escape(str(value)))
+        linked[column] = linked[column].map(
+            lambda value: (
+                "" if pd.isna(value) else f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
+            )
+        )
     with whole(path) as temporary:
-        temporary.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><title>kerasmed runs</title><style>{style}</style>"
-                             f"<h1>Runs</h1>{linked.to_html(index=False, escape=False, border=0)}</html>\n", encoding="utf-8")
+        temporary.write_text(
+            f"<!doctype html><html lang=en><meta charset=utf-8><title>kerasmed runs</title><style>{style}</style>"
+            f"<h1>Runs</h1>{linked.to_html(index=False, escape=False, border=0)}</html>\n",
+            encoding="utf-8",
+        )

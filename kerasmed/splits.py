@@ -5,7 +5,9 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
 
-def assign(manifest: pd.DataFrame, class_names, *, test_share: float = 0.15, valid_share: float = 0.15, seed: int = 0) -> pd.DataFrame:
+def assign(
+    manifest: pd.DataFrame, class_names, *, test_share: float = 0.15, valid_share: float = 0.15, seed: int = 0
+) -> pd.DataFrame:
     """Split rows anew into train, valid and test by `group_id`, with each class's share kept.
 
     The groups are dealt into twenty stratified folds, and whole folds make up the splits, so shares are met to about
@@ -25,14 +27,19 @@ def assign(manifest: pd.DataFrame, class_names, *, test_share: float = 0.15, val
     Raises:
         ValueError: missing group ids, shares out of range, fewer than three groups.
     """
-    if not (0 <= test_share and 0 < valid_share and test_share + valid_share < 1):
-        raise ValueError(f"shares are test {test_share} and valid {valid_share}; expected test >= 0, valid > 0, together below 1.")
-    num_folds = _check_groups(manifest, 20)
+    if not (test_share >= 0 and valid_share > 0 and test_share + valid_share < 1):
+        raise ValueError(
+            f"shares are test {test_share} and valid {valid_share}; expected test >= 0, valid > 0, together below 1."
+        )
+    num_folds = _limit_folds(manifest, class_names, 20)
     fold = folds(manifest, class_names, num_folds=num_folds, seed=seed)
     num_test = max(1, round(test_share * num_folds)) if test_share else 0
     num_valid = max(1, round(valid_share * num_folds))
     if num_test + num_valid >= num_folds:
-        raise ValueError(f"{num_folds} groups are too few for shares of test {test_share} and valid {valid_share}; lower them or add data.")
+        raise ValueError(
+            f"{manifest['group_id'].nunique()} groups are too few for shares of test {test_share} and valid "
+            f"{valid_share}; lower them or add data."
+        )
     split = np.where(fold < num_test, "test", np.where(fold < num_test + num_valid, "valid", "train"))
     return manifest.assign(split=split)
 
@@ -43,26 +50,32 @@ def folds(manifest: pd.DataFrame, class_names, *, num_folds: int = 5, seed: int 
     Returns:
         int array, shape (num_rows,): the fold in which a row is held out.
     """
-    num_folds = _check_groups(manifest, num_folds)
+    num_folds = _limit_folds(manifest, class_names, num_folds)
     labels = manifest[list(class_names)].to_numpy()
-    if not (np.nansum(labels, axis=1) == 1).all():
-        raise ValueError("labels are not exclusive; splitting several labels a row needs multi-label stratification.")
     fold = np.zeros(len(manifest), int)
     # scikit-learn warns where a class has fewer images than folds; the folds are still the best there are.
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
-    for index, (_, held_out) in enumerate(splitter.split(labels, labels.argmax(axis=1), manifest["group_id"].astype(str))):
+    for index, (_, held_out) in enumerate(
+        splitter.split(labels, labels.argmax(axis=1), manifest["group_id"].astype(str))
+    ):
         fold[held_out] = index
     return fold
 
 
-def _check_groups(manifest, num_folds):
-    if manifest["group_id"].isna().any():
-        raise ValueError(f"`group_id` is missing in {int(manifest['group_id'].isna().sum())} rows; use the patient, or "
-                         "`audit.similarity_groups` where patients are unknown.")
+def _limit_folds(manifest, class_names, num_folds):
+    """At most as many folds as there are groups, and images of the largest class; refuse what cannot be split."""
+    missing = int(manifest["group_id"].isna().sum())
+    if missing:
+        raise ValueError(
+            f"`group_id` is missing in {missing} rows; use the patient, or `audit.similarity_groups` where patients "
+            "are unknown."
+        )
+    if not (manifest[list(class_names)].sum(axis=1) == 1).all():
+        raise ValueError("labels are not exclusive; splitting several labels a row needs multi-label stratification.")
     num_groups = manifest["group_id"].nunique()
     if num_groups < 3:
         raise ValueError(f"{num_groups} groups cannot fill train, valid and test; at least 3 are needed.")
-    return min(num_folds, num_groups)
+    return min(num_folds, num_groups, int(manifest[list(class_names)].sum().max()))
 
 
 def groups_per_split(manifest: pd.DataFrame, class_names) -> pd.DataFrame:
@@ -72,7 +85,9 @@ def groups_per_split(manifest: pd.DataFrame, class_names) -> pd.DataFrame:
         DataFrame indexed by class, columns (split, "images" or "groups").
     """
     long = manifest.melt(["group_id", "split"], list(class_names), "class", "present").query("present == 1")
-    grouped = long.groupby(["class", "split"])["group_id"].agg(images="size", groups="nunique").unstack("split", fill_value=0)
+    grouped = (
+        long.groupby(["class", "split"])["group_id"].agg(images="size", groups="nunique").unstack("split", fill_value=0)
+    )
     grouped = grouped.swaplevel(axis=1)
     columns = [(split, what) for split in ("train", "valid", "test") for what in ("images", "groups")]
     return grouped.reindex(index=list(class_names), columns=pd.MultiIndex.from_tuples(columns), fill_value=0)

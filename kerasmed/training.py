@@ -17,9 +17,24 @@ logger = logging.getLogger(__name__)
 SCHEDULES = ("cosine", "plateau", "constant")
 
 
-def fit(model: keras.Model, train: Callable, valid, *, folder: Path, steps_per_epoch: int, epochs: int, loss,
-        metrics=(), learning_rate: float = 1e-3, weight_decay: float = 0.0, schedule: str = "plateau", stop_patience: int = 5,
-        plateau_patience: int = 2, plateau_factor: float = 0.2, jit_compile: bool | str = "auto") -> pd.DataFrame:
+def fit(
+    model: keras.Model,
+    train: Callable,
+    valid,
+    *,
+    folder: Path,
+    steps_per_epoch: int,
+    epochs: int,
+    loss,
+    metrics=(),
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    schedule: str = "plateau",
+    stop_patience: int = 5,
+    plateau_patience: int = 2,
+    plateau_factor: float = 0.2,
+    jit_compile: bool | str = "auto",
+) -> pd.DataFrame:
     """Train a model's logits, keep the best weights by validation loss, and save it whole.
 
     After each epoch `folder/checkpoint.npz` holds everything that the next one depends on: weights, optimizer slots,
@@ -44,8 +59,8 @@ def fit(model: keras.Model, train: Callable, valid, *, folder: Path, steps_per_e
         jit_compile: as in `keras.Model.compile`.
 
     Returns:
-        History, a row per epoch: epoch, learning_rate, loss, val_loss, each metric, seconds. The model holds the weights
-        of the best epoch.
+        History, a row per epoch: epoch, learning_rate, loss, val_loss, each metric, seconds. The model holds the
+        weights of the best epoch.
 
     Raises:
         ValueError: unknown schedule, no epochs, or a checkpoint of another architecture.
@@ -62,7 +77,11 @@ def fit(model: keras.Model, train: Callable, valid, *, folder: Path, steps_per_e
         return pd.read_csv(folder / "history.csv")
 
     trained = keras.Model(model.inputs, model.get_layer("logits").output, name=model.name)
-    rate = keras.optimizers.schedules.CosineDecay(learning_rate, steps_per_epoch * epochs) if schedule == "cosine" else learning_rate
+    rate = (
+        keras.optimizers.schedules.CosineDecay(learning_rate, steps_per_epoch * epochs)
+        if schedule == "cosine"
+        else learning_rate
+    )
     optimizer = keras.optimizers.AdamW(rate, weight_decay=weight_decay) if weight_decay else keras.optimizers.Adam(rate)
     trained.compile(optimizer, loss, metrics=list(metrics), jit_compile=jit_compile)
     optimizer.build(trained.trainable_variables)
@@ -74,9 +93,16 @@ def fit(model: keras.Model, train: Callable, valid, *, folder: Path, steps_per_e
     first_epoch = checkpoint.load(trained)
     if first_epoch:
         logger.warning("resuming %s after epoch %d", folder.name, first_epoch)
-    trained.fit(train(first_epoch), validation_data=valid, epochs=max(epochs, first_epoch), initial_epoch=epochs if checkpoint.stopped else first_epoch,
-                steps_per_epoch=steps_per_epoch, shuffle=False, verbose=0,
-                callbacks=[*watched, checkpoint])
+    trained.fit(
+        train(first_epoch),
+        validation_data=valid,
+        epochs=max(epochs, first_epoch),
+        initial_epoch=epochs if checkpoint.stopped else first_epoch,
+        steps_per_epoch=steps_per_epoch,
+        shuffle=False,
+        verbose=0,
+        callbacks=[*watched, checkpoint],
+    )
     # The two models share their layers: early stopping has put the best weights into both.
     history = pd.DataFrame(checkpoint.history)
     runs.write_table(folder / "history.csv", history)
@@ -108,8 +134,10 @@ class _Checkpoint(keras.callbacks.Callback):
             arrays = {name: saved[name] for name in saved.files if name != "state"}
         variables = _variables(model)
         if [list(v.shape) for v in variables] != state["shapes"]:
-            raise ValueError(f"{self.path} holds {len(state['shapes'])} variables of another architecture or optimizer, the model has "
-                             f"{len(variables)}; delete it to start anew.")
+            raise ValueError(
+                f"{self.path} holds {len(state['shapes'])} variables of another architecture or optimizer, the model "
+                f"has {len(variables)}; delete it to start anew."
+            )
         for position, variable in enumerate(variables):
             variable.assign(arrays[f"variable_{position}"])
         self._loaded = state, arrays
@@ -134,23 +162,38 @@ class _Checkpoint(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         values = {name: float(value) for name, value in logs.items() if name != "learning_rate"}
         if not np.isfinite([values["loss"], values["val_loss"]]).all():
-            raise FloatingPointError(f"loss {values['loss']}, val_loss {values['val_loss']} in epoch {epoch + 1} at rate {self._rate:.1e}; "
-                                     "lower `learning_rate` or look at the targets.")
+            raise FloatingPointError(
+                f"loss {values['loss']}, val_loss {values['val_loss']} in epoch {epoch + 1} at rate {self._rate:.1e}; "
+                "lower `learning_rate` or look at the targets."
+            )
         seconds = round(time.perf_counter() - self._began, 2)
         self.history.append({"epoch": epoch + 1, "learning_rate": self._rate, **values, "seconds": seconds})
         best = self.watched[0].best_weights or []
         variables = _variables(self.model)
-        state = {"history": self.history, "stopped": bool(self.model.stop_training), "num_best": len(best),
-                 "shapes": [list(v.shape) for v in variables],
-                 "callbacks": [{name: getattr(callback, name) for name in ("wait", "best", "best_epoch", "stopped_epoch", "cooldown_counter")
-                                if hasattr(callback, name)} for callback in self.watched]}
+        state = {
+            "history": self.history,
+            "stopped": bool(self.model.stop_training),
+            "num_best": len(best),
+            "shapes": [list(v.shape) for v in variables],
+            "callbacks": [
+                {
+                    name: getattr(callback, name)
+                    for name in ("wait", "best", "best_epoch", "stopped_epoch", "cooldown_counter")
+                    if hasattr(callback, name)
+                }
+                for callback in self.watched
+            ],
+        }
         arrays = {f"variable_{position}": keras.ops.convert_to_numpy(v) for position, v in enumerate(variables)}
         arrays |= {f"best_{position}": weight for position, weight in enumerate(best)}
         with runs.whole(self.path) as temporary:
             np.savez(temporary, state=np.array(json.dumps(state, default=float)), **arrays)
         runs.write_table(self.path.with_name("history.csv"), pd.DataFrame(self.history))
         shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-        print(f"  epoch {epoch + 1:3d}/{self.params['epochs']}  {shown}  rate {self._rate:.1e}  {seconds:.0f} s", flush=True)
+        print(
+            f"  epoch {epoch + 1:3d}/{self.params['epochs']}  {shown}  rate {self._rate:.1e}  {seconds:.0f} s",
+            flush=True,
+        )
 
 
 def _variables(model):

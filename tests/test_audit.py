@@ -7,7 +7,12 @@ from kerasmed import audit
 
 
 def _heads(rng, count):
-    return np.stack([cv2.resize(rng.integers(0, 256, (6, 6), dtype=np.uint8), (64, 64), interpolation=cv2.INTER_CUBIC) for _ in range(count)])
+    return np.stack(
+        [
+            cv2.resize(rng.integers(0, 256, (6, 6), dtype=np.uint8), (64, 64), interpolation=cv2.INTER_CUBIC)
+            for _ in range(count)
+        ]
+    )
 
 
 def test_similarity_groups_finds_each_patients_slices(rng):
@@ -78,8 +83,14 @@ def test_nearest_without_references_is_refused():
 
 @pytest.mark.parametrize("column", ["group_id", "patient_id", "study_id"])
 def test_gate_names_who_crosses(column):
-    frame = pd.DataFrame({"group_id": ["g1", "g2", "g3"], "patient_id": ["p1", "p2", "p3"], "study_id": ["s1", "s2", "s3"],
-                          "split": ["train", "test", "valid"]})
+    frame = pd.DataFrame(
+        {
+            "group_id": ["g1", "g2", "g3"],
+            "patient_id": ["p1", "p2", "p3"],
+            "study_id": ["s1", "s2", "s3"],
+            "split": ["train", "test", "valid"],
+        }
+    )
     assert audit.gate(frame)["in several splits"].eq(0).all()
     frame.loc[1, column] = frame.loc[0, column]
     with pytest.raises(audit.LeakError, match=rf"1 of 2 values of {column} lie in several splits: .1 in test\+train"):

@@ -40,7 +40,8 @@ def test_build_noise_has_the_stated_strength():
     changed = got[(got != 128).any(axis=(1, 2))]
     # p = 0.5 of 200: four standard deviations are 28
     assert 72 < len(changed) < 128
-    # 0.0124–0.0277 of 255 is 3.2–7.1; the library truncates towards 0, which takes up to 0.5, and 1,024 pixels spread by 2 %
+    # 0.0124–0.0277 of 255 is 3.2–7.1; the library truncates towards 0, which takes up to 0.5, and 1,024 pixels spread
+    # by 2 %
     assert changed.std(axis=(1, 2)).min() > 2.6 and changed.std(axis=(1, 2)).max() < 7.4
 
 

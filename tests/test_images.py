@@ -75,11 +75,14 @@ def test_read_exif_rotation_is_applied(tmp_path, ramp):
     assert np.abs(got.astype(int) - np.rot90(ramp, -1)).mean() < 3
 
 
-@pytest.mark.parametrize(("content", "reason"), [
-    (b"", "empty file"),
-    (b"patient notes, not pixels", "not an image"),
-    (b"\xff\xd8\xff\xe0", "not an image|unreadable header"),
-])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (b"patient notes, not pixels", "not an image"),
+        (b"\xff\xd8\xff\xe0", "not an image|unreadable header"),
+    ],
+)
 def test_read_of_no_image_says_why(tmp_path, content, reason):
     (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(images.ImageError, match=reason):
@@ -90,7 +93,7 @@ def test_read_of_no_image_says_why(tmp_path, content, reason):
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.98])
 def test_read_truncated_file_is_refused(tmp_path, suffix, share, rng):
     path = _png(tmp_path / f"t{suffix}", rng.integers(0, 256, (60, 60), dtype=np.uint8))
-    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(images.ImageError, match="truncated"):
         images.read(path)
 
@@ -114,7 +117,9 @@ def test_read_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatc
 
 def test_read_from_memory_equals_read_from_disk(tmp_path, ramp):
     path = _png(tmp_path / "a.png", ramp)
-    np.testing.assert_array_equal(images.read(io.BytesIO(path.read_bytes()), image_size=(9, 9)), images.read(path, image_size=(9, 9)))
+    np.testing.assert_array_equal(
+        images.read(io.BytesIO(path.read_bytes()), image_size=(9, 9)), images.read(path, image_size=(9, 9))
+    )
 
 
 def test_resize_pad_keeps_the_aspect_ratio():

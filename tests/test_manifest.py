@@ -9,22 +9,34 @@ CLASSES = ("a", "b")
 
 @pytest.fixture
 def frame():
-    return pd.DataFrame({"image_path": ["x/1.png", "x/2.png"], "patient_id": pd.NA, "study_id": pd.NA, "group_id": ["g", "h"],
-                         "split": ["train", "test"], "a": [1, 0], "b": [0, 1]})
+    return pd.DataFrame(
+        {
+            "image_path": ["x/1.png", "x/2.png"],
+            "patient_id": pd.NA,
+            "study_id": pd.NA,
+            "group_id": ["g", "h"],
+            "split": ["train", "test"],
+            "a": [1, 0],
+            "b": [0, 1],
+        }
+    )
 
 
 def test_validate_good_table_is_returned(frame):
     assert manifest.validate(frame, CLASSES, exclusive=True) is frame
 
 
-@pytest.mark.parametrize(("column", "value", "message"), [
-    ("image_path", "../secret.png", "column image_path leaves the data root in 1 of 2 rows"),
-    ("image_path", "/etc/secret.png", "leaves the data root"),
-    ("image_path", "x/2.png", "is not unique in 2 of 2 rows"),
-    ("split", "validation", "column split is none of"),
-    ("a", 2, "column a is not 1, 0 or NaN"),
-    ("b", 1, "mark none or several classes"),
-])
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("image_path", "../secret.png", "column image_path leaves the data root in 1 of 2 rows"),
+        ("image_path", "/etc/secret.png", "leaves the data root"),
+        ("image_path", "x/2.png", "is not unique in 2 of 2 rows"),
+        ("split", "validation", "column split is none of"),
+        ("a", 2, "column a is not 1, 0 or NaN"),
+        ("b", 1, "mark none or several classes"),
+    ],
+)
 def test_validate_names_column_rows_and_mend(frame, column, value, message):
     frame.loc[0, column] = value
     with pytest.raises(ValueError, match=message):

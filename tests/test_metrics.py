@@ -73,8 +73,14 @@ def test_interval_covers_the_true_accuracy_in_about_95_of_100_samples(rng):
 def test_multiclass_rows_stand_beside_the_stronger_baseline(scored):
     ids, probabilities, groups = scored
     neighbour = np.eye(3)[np.roll(ids, 1)]
-    rows = metrics.multiclass_rows(ids, {"net": probabilities, "majority": metrics.majority_probabilities(ids, 90, 3), "nearest_neighbour": neighbour},
-                                   groups, NAMES, task="t", num_draws=100)
+    rows = metrics.multiclass_rows(
+        ids,
+        {"net": probabilities, "majority": metrics.majority_probabilities(ids, 90, 3), "nearest_neighbour": neighbour},
+        groups,
+        NAMES,
+        task="t",
+        num_draws=100,
+    )
     row = next(row for row in rows if row["variant"] == "net" and row["metric"] == "accuracy")
     accuracies = {"majority": np.bincount(ids).max() / 90, "nearest_neighbour": (np.roll(ids, 1) == ids).mean()}
     strongest = max(accuracies, key=accuracies.get)
@@ -88,23 +94,39 @@ def test_multiclass_rows_stand_beside_the_stronger_baseline(scored):
 
 def test_multiclass_rows_perfect_and_absent_class():
     ids = np.array([0, 1] * 10)
-    rows = metrics.multiclass_rows(ids, {"net": np.eye(3)[ids], "majority": metrics.majority_probabilities(ids, 20, 3)}, np.arange(20), NAMES, task="t")
+    rows = metrics.multiclass_rows(
+        ids,
+        {"net": np.eye(3)[ids], "majority": metrics.majority_probabilities(ids, 20, 3)},
+        np.arange(20),
+        NAMES,
+        task="t",
+    )
     value = {(row["variant"], row["metric"], row["label"]): row for row in rows}
-    assert value["net", "balanced_accuracy", "all"]["value"] == 1 and value["net", "balanced_accuracy", "all"]["ci95"] == [1, 1]
-    assert value["net", "sensitivity", "c"]["value"] is None and value["net", "sensitivity", "c"]["reason"] == "no c in the test split"
+    assert value["net", "balanced_accuracy", "all"]["value"] == 1 and value["net", "balanced_accuracy", "all"][
+        "ci95"
+    ] == [1, 1]
+    assert (
+        value["net", "sensitivity", "c"]["value"] is None
+        and value["net", "sensitivity", "c"]["reason"] == "no c in the test split"
+    )
     assert value["majority", "precision", "b"]["reason"] == "never predicted"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"majority": None}, "no baseline"),
-    ({"net": np.full((90, 2), 0.5)}, r"shape \(90, 2\)"),
-    ({"net": np.full((90, 3), np.nan)}, "all finite"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"majority": None}, "no baseline"),
+        ({"net": np.full((90, 2), 0.5)}, r"shape \(90, 2\)"),
+        ({"net": np.full((90, 3), np.nan)}, "all finite"),
+    ],
+)
 def test_multiclass_rows_unfit_probabilities_are_refused(scored, change, message):
     ids, probabilities, groups = scored
     given = {"net": probabilities, "majority": metrics.majority_probabilities(ids, 90, 3)} | change
     with pytest.raises(ValueError, match=message):
-        metrics.multiclass_rows(ids, {name: values for name, values in given.items() if values is not None}, groups, NAMES, task="t")
+        metrics.multiclass_rows(
+            ids, {name: values for name, values in given.items() if values is not None}, groups, NAMES, task="t"
+        )
 
 
 def test_multiclass_rows_empty_split_is_refused():
@@ -114,8 +136,14 @@ def test_multiclass_rows_empty_split_is_refused():
 
 def test_tabulate_shows_value_interval_and_reason(scored):
     ids, probabilities, groups = scored
-    rows = metrics.multiclass_rows(ids[:3] * 0, {"net": probabilities[:3], "majority": metrics.majority_probabilities(ids[:3] * 0, 3, 3)},
-                                   groups[:3], NAMES, task="t", num_draws=10)
+    rows = metrics.multiclass_rows(
+        ids[:3] * 0,
+        {"net": probabilities[:3], "majority": metrics.majority_probabilities(ids[:3] * 0, 3, 3)},
+        groups[:3],
+        NAMES,
+        task="t",
+        num_draws=10,
+    )
     table = metrics.tabulate(rows).set_index(["variant", "metric", "label"])
     assert table.loc[("majority", "accuracy", "all"), "shown"] == "1.000 [1.000, 1.000]"
     assert table.loc[("net", "auroc", "b"), "shown"] == "no b in the test split"

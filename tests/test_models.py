@@ -20,7 +20,9 @@ def test_compact_cnn_takes_grey_bytes_and_gives_probabilities(compact, rng):
 
 
 def test_compact_cnn_preprocessing_is_inside_and_covers_minus_one_to_one(compact):
-    scaled = keras.Model(compact.input, compact.get_layer("preprocess").output)(np.array([0, 255], np.uint8).repeat(1024).reshape(2, 32, 32, 1))
+    scaled = keras.Model(compact.input, compact.get_layer("preprocess").output)(
+        np.array([0, 255], np.uint8).repeat(1024).reshape(2, 32, 32, 1)
+    )
     assert float(scaled[0].numpy().max()) == -1 and float(scaled[1].numpy().min()) == 1
 
 
@@ -39,10 +41,13 @@ def test_compact_cnn_round_trips_through_keras_file(compact, tmp_path, rng):
     np.testing.assert_array_equal(reloaded.predict(pixels, verbose=0), compact.predict(pixels, verbose=0))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (((8, 32), 4), "at least 16 pixels"),
-    (((32, 32), 1), "at least 2"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((8, 32), 4), "at least 16 pixels"),
+        (((32, 32), 1), "at least 2"),
+    ],
+)
 def test_compact_cnn_unfit_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.compact_cnn(*arguments)

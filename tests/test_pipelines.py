@@ -84,10 +84,18 @@ def test_decode_sets_bad_files_aside_and_reads_odd_ones(tree, rng):
     Image.fromarray(np.dstack([picture] * 3 + [np.full_like(picture, 255)])).save(root / "rgba.png")
     Image.fromarray(np.dstack([picture] * 3)).convert("CMYK").save(root / "cmyk.jpg")
     odd = ["zero.jpg", "deep.png", "cut.jpg", "rgba.png", "text.jpg", "cmyk.jpg", "gone.png"]
-    store = pipelines.decode(pd.concat([manifest, pd.DataFrame({"image_path": odd})]), root, image_size=(16, 16), max_quarantined_share=0.2, progress=False)
+    store = pipelines.decode(
+        pd.concat([manifest, pd.DataFrame({"image_path": odd})]),
+        root,
+        image_size=(16, 16),
+        max_quarantined_share=0.2,
+        progress=False,
+    )
     reasons = store.quarantine.set_index("image_path")["reason"]
     assert sorted(reasons.index) == ["cut.jpg", "gone.png", "text.jpg", "zero.jpg"]
-    assert "truncated" in reasons["cut.jpg"] and "empty" in reasons["zero.jpg"] and "not an image" in reasons["text.jpg"]
+    assert (
+        "truncated" in reasons["cut.jpg"] and "empty" in reasons["zero.jpg"] and "not an image" in reasons["text.jpg"]
+    )
     assert reasons["gone.png"] == "FileNotFoundError: No such file or directory"
     kept = store.manifest["image_path"].tolist()
     assert kept == [*manifest["image_path"], "deep.png", "rgba.png", "cmyk.jpg"]

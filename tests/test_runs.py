@@ -17,8 +17,18 @@ def _start(models_root=None, **changes):
 
 
 def _row(**changes):
-    return {"task": "t", "variant": "net", "split": "test", "metric": "accuracy", "label": "all", "value": 0.9, "ci95": [0.8, 1.0],
-            "n": 10, "n_groups": 5, "baseline": {"variant": "majority", "value": 0.5, "difference": 0.4, "difference_ci95": [0.3, 0.5]}} | changes
+    return {
+        "task": "t",
+        "variant": "net",
+        "split": "test",
+        "metric": "accuracy",
+        "label": "all",
+        "value": 0.9,
+        "ci95": [0.8, 1.0],
+        "n": 10,
+        "n_groups": 5,
+        "baseline": {"variant": "majority", "value": 0.5, "difference": 0.4, "difference_ci95": [0.3, 0.5]},
+    } | changes
 
 
 def test_whole_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -32,7 +42,9 @@ def test_whole_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 
 def test_write_json_turns_numpy_and_nan_into_json(tmp_path):
-    runs.write_json(tmp_path / "a.json", {"a": np.float32(0.5), "b": float("nan"), "c": (np.int64(1), np.arange(2)), "d": tmp_path})
+    runs.write_json(
+        tmp_path / "a.json", {"a": np.float32(0.5), "b": float("nan"), "c": (np.int64(1), np.arange(2)), "d": tmp_path}
+    )
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 0.5, "b": None, "c": [1, [0, 1]], "d": str(tmp_path)}
 
 
@@ -42,7 +54,11 @@ def test_key_ignores_locations_and_order_and_sees_the_rest():
     reordered = dict(reversed(list(PARAMETERS.items())))
     assert runs.key("07_brain_mri", reordered | {"data_root": "/x", "models_root": "/y"}, "f") == key
     assert runs.key("07_brain_mri", PARAMETERS | {"image_size": (64, 64)}, "f") == key
-    others = [runs.key("07_brain_mri", PARAMETERS | {"seed": 1}, "f"), runs.key("07_brain_mri", PARAMETERS, "g"), runs.key("06_x", PARAMETERS, "f")]
+    others = [
+        runs.key("07_brain_mri", PARAMETERS | {"seed": 1}, "f"),
+        runs.key("07_brain_mri", PARAMETERS, "g"),
+        runs.key("06_x", PARAMETERS, "f"),
+    ]
     assert key not in others and len(set(others)) == 3
 
 
@@ -51,7 +67,10 @@ def test_key_sees_a_change_of_the_notebooks_code_not_of_its_text(tmp_path, monke
     monkeypatch.chdir(tmp_path)
 
     def write(text, code):
-        cells = [{"cell_type": "markdown", "source": [text], "metadata": {}}, {"cell_type": "code", "source": [code], "metadata": {}}]
+        cells = [
+            {"cell_type": "markdown", "source": [text], "metadata": {}},
+            {"cell_type": "code", "source": [code], "metadata": {}},
+        ]
         (tmp_path / "notebooks/n.ipynb").write_text(json.dumps({"cells": cells}))
         return runs.key("n", PARAMETERS, "f")
 
@@ -68,12 +87,15 @@ def test_start_and_finish_leave_a_complete_folder():
     assert runs.find("brain", "07_brain_mri") == run
 
 
-@pytest.mark.parametrize(("headline", "rows", "message"), [
-    ([], [], "`headline` is empty"),
-    ([_row(value=float("nan"))], [], "must be finite"),
-    ([_row(baseline=None)], [], "no baseline beside it"),
-    ([_row()], [_row(value=None)], "no `reason`"),
-])
+@pytest.mark.parametrize(
+    ("headline", "rows", "message"),
+    [
+        ([], [], "`headline` is empty"),
+        ([_row(value=float("nan"))], [], "must be finite"),
+        ([_row(baseline=None)], [], "no baseline beside it"),
+        ([_row()], [_row(value=None)], "no `reason`"),
+    ],
+)
 def test_finish_refuses_numbers_that_cannot_be_trusted(headline, rows, message):
     run = _start()
     with pytest.raises(ValueError, match=message):
@@ -83,7 +105,7 @@ def test_finish_refuses_numbers_that_cannot_be_trusted(headline, rows, message):
 
 def test_status_of_a_dead_process_is_interrupted():
     run = _start()
-    runs.write_json(run / "status.json", runs.read_json(run / "status.json") | {"pid": 2 ** 22 + 1})
+    runs.write_json(run / "status.json", runs.read_json(run / "status.json") | {"pid": 2**22 + 1})
     assert runs.status(run)["status"] == "interrupted"
 
 
@@ -115,7 +137,9 @@ def test_collect_tabulates_complete_and_failed_runs(tmp_path):
     runs.set_status(failed, "failed", error="cell 3: <ValueError>")
     table = runs.collect()
     assert table["status"].value_counts().to_dict() == {"complete": 2, "failed": 1}
-    assert table.loc[table["metric"] == "accuracy", ["value", "ci_low", "ci_high", "baseline", "baseline_value"]].values.tolist() == [[0.9, 0.8, 1.0, "majority", 0.5]]
+    assert table.loc[
+        table["metric"] == "accuracy", ["value", "ci_low", "ci_high", "baseline", "baseline_value"]
+    ].values.tolist() == [[0.9, 0.8, 1.0, "majority", 0.5]]
     assert len(runs.collect(done)) == 2 and len(runs.collect(done.parent)) == 3
     runs.write_html(tmp_path / "t.html", table)
     page = (tmp_path / "t.html").read_text()

@@ -8,8 +8,12 @@ CLASSES = ("a", "b", "c")
 
 
 def _manifest(groups_per_class, images_per_group=5):
-    rows = [(f"{name}{group}_{image}.png", f"{name}{group}", name) for name, groups in zip(CLASSES, groups_per_class)
-            for group in range(groups) for image in range(images_per_group)]
+    rows = [
+        (f"{name}{group}_{image}.png", f"{name}{group}", name)
+        for name, groups in zip(CLASSES, groups_per_class)
+        for group in range(groups)
+        for image in range(images_per_group)
+    ]
     frame = pd.DataFrame(rows, columns=["image_path", "group_id", "label"])
     labels = {name: (frame["label"] == name).astype(int) for name in CLASSES}
     return frame.assign(patient_id=frame["group_id"], study_id=pd.NA, split="train", **labels)
@@ -40,11 +44,14 @@ def test_assign_class_of_two_groups_is_kept_whole():
     assert counts.loc["c"].xs("images", level=1).sum() == 10
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"group_id": pd.NA}, "`group_id` is missing in 30 rows"),
-    ({"group_id": "one"}, "1 groups cannot fill"),
-    ({"b": 1}, "not exclusive"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_id": pd.NA}, "`group_id` is missing in 30 rows"),
+        ({"group_id": "one"}, "1 groups cannot fill"),
+        ({"b": 1}, "not exclusive"),
+    ],
+)
 def test_assign_unfit_manifest_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         splits.assign(_manifest((2, 2, 2)).assign(**change), CLASSES)

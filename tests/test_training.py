@@ -26,8 +26,18 @@ def _fit(folder, *, epochs=4, schedule="plateau", seed=0, **options):
         return pipelines.training_dataset(pixels, rows, targets[:36], batch_size=8, seed=1, first_epoch=first_epoch)
 
     valid = pipelines.evaluation_dataset(pixels, np.arange(36, 48), targets[36:])
-    history = training.fit(model, train, valid, folder=folder, steps_per_epoch=5, epochs=epochs, schedule=schedule,
-                           loss=losses.WeightedCategoricalCrossentropy(), metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")], **options)
+    history = training.fit(
+        model,
+        train,
+        valid,
+        folder=folder,
+        steps_per_epoch=5,
+        epochs=epochs,
+        schedule=schedule,
+        loss=losses.WeightedCategoricalCrossentropy(),
+        metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+        **options,
+    )
     return model, history
 
 
@@ -94,7 +104,9 @@ def test_fit_keeps_the_best_epochs_weights_and_saves_them(tmp_path):
     loss = -np.log((probabilities * targets[36:]).sum(axis=1)).mean()
     assert loss == pytest.approx(history["val_loss"].min(), rel=1e-4)
     reloaded = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(reloaded.predict(pixels[..., None], verbose=0)[36:], model.predict(pixels[..., None], verbose=0)[36:])
+    np.testing.assert_array_equal(
+        reloaded.predict(pixels[..., None], verbose=0)[36:], model.predict(pixels[..., None], verbose=0)[36:]
+    )
 
 
 def test_fit_finished_folder_is_only_loaded(tmp_path, monkeypatch):

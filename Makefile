@@ -1,0 +1,34 @@
+# make demo: install into .venv and run the notebooks on synthetic data.   make test: the quick tests.
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test slow lint clean
+
+demo: .venv/installed
+	$(BIN)/kerasmed run all --profile demo
+
+test: .venv/dev
+	$(PYTEST)
+
+slow: .venv/dev
+	$(PYTEST) -m slow
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python requirements.txt pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable .[dev]
+	touch $@
+
+clean:
+	rm -rf .venv data/.cache

@@ -1,0 +1,244 @@
+"""The `kerasmed` command: thin over papermill and the package. Imports are inside, so that `--help` is quick."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from kerasmed import __version__
+
+ROOT_OPTIONS = {
+    "data_root": click.option(
+        "--data-root", default="", metavar="D", help="Folder of inputs [$KERASMED_DATA, else data/]."
+    ),
+    "models_root": click.option(
+        "--models-root", default="", metavar="M", help="Folder of runs [$KERASMED_MODELS, else models/]."
+    ),
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main():
+    """Medical image classification in Keras: numbered notebooks, run end to end."""
+
+
+@main.command("list")
+@click.argument("notebooks", nargs=-1, metavar="[NB]...")
+def list_(notebooks):
+    """List notebooks with titles and budgets; with names, their parameters too."""
+    from kerasmed import notebooks as nb
+
+    for name in notebooks or nb.names():
+        notebook = _usage(nb.describe, name)
+        budgets = ", ".join(f"{profile} {minutes:g} min" for profile, minutes in notebook.budget_minutes.items())
+        click.echo(
+            f"{name}  {notebook.title}\n"
+            f"    system {notebook.system}; {budgets} on 2 cores; {len(notebook.parameters)} parameters"
+        )
+        if notebooks:
+            for parameter in notebook.parameters.values():
+                click.echo(f"    {parameter.name} = {parameter.default!r}  ({parameter.type})  {parameter.help}")
+
+
+@main.command()
+@click.argument("notebooks", nargs=-1, required=True, metavar="NB...")
+@click.option("--profile", default="full", show_default=True, help="Values of notebooks/params/PROFILE.")
+@click.option("-p", "--parameter", "pairs", multiple=True, metavar="K=V", help="One parameter; may be repeated.")
+@ROOT_OPTIONS["data_root"]
+@ROOT_OPTIONS["models_root"]
+@click.option("--force", is_flag=True, help="Run again what is finished already.")
+@click.option("--timeout", type=int, metavar="S", help="Seconds that a cell may take [no limit].")
+def run(notebooks, profile, pairs, data_root, models_root, force, timeout):
+    """Run notebooks (or "all") through papermill, each into its run folder.
+
+    A finished run of the same notebook, parameters, data and sources is not repeated; a killed one goes on. A failure
+    is reported at the end and does not stop the others; the exit code is then 1.
+    """
+    from kerasmed import notebooks as nb
+    from kerasmed import runs
+
+    given = dict(_usage(_pair, pair) for pair in pairs)
+    given |= {
+        name: str(Path(root).resolve())
+        for name, root in (("data_root", data_root), ("models_root", models_root))
+        if root
+    }
+    wanted = nb.names() if notebooks == ("all",) else list(notebooks)
+    described = [_usage(nb.describe, name) for name in wanted]
+    plan = [
+        (notebook, _usage(nb.resolve, notebook, profile=profile, given=given))
+        for notebook in nb.quickest_first(described, profile)
+    ]
+    done, failed = [], []
+    for position, (notebook, parameters) in enumerate(plan, 1):
+        click.secho(
+            f"[{position}/{len(plan)}] {notebook.name} "
+            f"({profile}, about {notebook.budget_minutes[profile]:g} min on 2 cores)",
+            bold=True,
+        )
+        try:
+            folder = nb.run(notebook, parameters, force=force, timeout=timeout)
+        except (RuntimeError, ValueError, OSError) as error:
+            failed.append((notebook.name, error))
+            click.secho(f"failed: {error}", fg="red", err=True)
+            continue
+        done.append(folder)
+    for folder in done:
+        _show(runs.collect(folder), folder)
+    for name, error in failed:
+        click.secho(f"FAILED {name}: {error}", fg="red", err=True)
+    if failed:
+        sys.exit(1)
+
+
+def _pair(pair: str):
+    from kerasmed.notebooks import parse_value
+
+    name, equals, value = pair.partition("=")
+    if not equals:
+        raise ValueError(f"-p {pair!r} is no assignment; write -p name=value.")
+    return name, parse_value(value)
+
+
+def _usage(function, *args, **kwargs):
+    """Call a function whose ValueError or missing file is the user's to mend: exit 2."""
+    try:
+        return function(*args, **kwargs)
+    except (ValueError, FileNotFoundError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _show(table, folder: Path):
+    """Print a run's headline beside its baselines, and where its files are."""
+    click.echo()
+    click.secho(f"{folder.name}: {table['status'].iloc[0]}, {table['data_source'].iloc[0]} data", bold=True)
+    for row in table.to_dict("records"):
+        click.echo(
+            f"  {row['task']:<12} {row['label']:<16} {row['metric'].replace('_', ' '):<18} {row['value']:.3f} "
+            f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]   "
+            f"best baseline: {row['baseline'].replace('_', ' ')} {row['baseline_value']:.3f}"
+        )
+    click.echo(f"  notebook  {folder / 'notebook.ipynb'}\n  figures   {folder / 'figures'}")
+
+
+@main.group()
+def data():
+    """Say what data are where, write synthetic sets, fetch public ones."""
+
+
+@data.command("list")
+@ROOT_OPTIONS["data_root"]
+def data_list(data_root):
+    """Say which systems' data lie under the data root, with their sources and licences."""
+    from kerasmed import datasets, paths
+
+    root = paths.data_root(data_root)
+    for system in datasets.SYSTEMS:
+        module = datasets.reader(system)
+        home = module.folder(root)
+        click.echo(
+            f"{system}: "
+            + (
+                f"{datasets.kind(home)} data, {sum(1 for _ in datasets.files(home))} files in {home}"
+                if home
+                else f"none under {root}; expected {module.LAYOUT}"
+            )
+        )
+        for part, (link, licence) in module.SOURCES.items():
+            click.echo(f"    {part}: {link} ({licence})")
+
+
+@data.command("synth")
+@click.argument("system")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True)
+def data_synth(system, folder, seed):
+    """Write a synthetic set of SYSTEM in its real layout into FOLDER, to be used as --data-root."""
+    from kerasmed import datasets
+
+    try:
+        written = datasets.write_synthetic(system, folder, seed=seed)
+    except (ValueError, FileExistsError) as error:
+        raise click.UsageError(str(error)) from error
+    click.echo(f"{system}: synthetic set in {written}; use it with --data-root {folder}")
+
+
+@data.command("fetch")
+@click.argument("system")
+@ROOT_OPTIONS["data_root"]
+def data_fetch(system, data_root):
+    """Download SYSTEM's public sets with kagglehub (extra `data`) and lay them out under the data root."""
+    from kerasmed import datasets, paths
+
+    try:
+        made = _usage(datasets.fetch, system, paths.data_root(data_root))
+    except (ImportError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo("\n".join(str(path) for path in made) or f"{system}: all there already")
+
+
+@main.command()
+@click.argument("system")
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+def check(system, folder):
+    """Check SYSTEM's data in FOLDER (a data root): layout, labels, unreadable files. Exit 1 where anything is wrong."""
+    from kerasmed import datasets, paths
+
+    counts, problems = _usage(datasets.check, system, paths.data_root(folder))
+    if len(counts):
+        click.echo(
+            counts.pivot_table(index=["part", "class"], columns="split", values="images", fill_value=0, sort=False)
+            .astype(int)
+            .to_string()
+        )
+    for row in problems.itertuples():
+        click.echo(f"{row.part}: {row.file}: {row.problem}".replace(": :", ":"))
+    click.echo(f"{len(problems)} problems" if len(problems) else "no problems")
+    sys.exit(1 if len(problems) else 0)
+
+
+@main.command()
+@click.argument("system")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--run", "run_", default="auto", show_default=True, help="Run folder, or auto: the newest complete one.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="CSV to write.")
+@ROOT_OPTIONS["models_root"]
+def predict(system, path, run_, out, models_root):
+    """Predict an image file, or all in a folder, with the models of a run of SYSTEM."""
+    import importlib
+
+    from kerasmed import datasets, environment, runs
+
+    _usage(datasets.reader, system)
+    environment.setup(seed=0)
+    folder = _usage(runs.find, system, run=run_, models_root=models_root)
+    table = _usage(
+        importlib.import_module(f"kerasmed.systems.{system}").predict, folder, path, progress=sys.stderr.isatty()
+    )
+    runs.write_table(out, table)
+    unreadable = table[table["error"] != ""]
+    click.echo(f"{len(table) - len(unreadable)} of {len(table)} images predicted with {folder.name}, written to {out}")
+    for row in unreadable.head(10).itertuples():
+        click.echo(f"  not read: {row.image_path}: {row.error}", err=True)
+    if len(unreadable) > 10:
+        click.echo(f"  and {len(unreadable) - 10} more; see the column `error`", err=True)
+    sys.exit(1 if len(unreadable) == len(table) else 0)
+
+
+@main.command()
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table as a page.")
+def collect(folder, html):
+    """Show all runs below FOLDER [$KERASMED_MODELS, else models/] in one table, newest last."""
+    from kerasmed import runs
+
+    table = runs.collect(folder)
+    if table.empty:
+        raise click.UsageError(f"no runs under {folder or 'the models root'}; make one with `kerasmed run NOTEBOOK`.")
+    click.echo(table.drop(columns=["folder", "error"]).to_string(index=False, float_format="{:.3f}".format, na_rep=""))
+    for row in table[table["error"].notna()].itertuples():
+        click.echo(f"{row.run}: {row.error}")
+    if html:
+        runs.write_html(html, table)
+        click.echo(f"written to {html}")

@@ -1,0 +1,255 @@
+"""Numbered notebooks: what they take, and running them through papermill.
+
+A notebook's metadata hold `kerasmed: {system, budget_minutes: {profile: minutes}}`; its parameters are those of the
+cell tagged `parameters`; a profile's values lie in `notebooks/params/<profile>/<notebook>.yaml`, which plain papermill
+takes with `-f` as well.
+"""
+
+import ast
+import contextlib
+import difflib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from kerasmed import datasets, paths, runs
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_ARROW = re.compile(r"^-+> *(\d+) (.*)")
+
+
+class Parameter(NamedTuple):
+    """One name of a parameters cell."""
+
+    name: str
+    type: str
+    default: object
+    help: str
+
+
+class Notebook(NamedTuple):
+    """What a notebook says of itself."""
+
+    name: str
+    path: Path
+    title: str
+    system: str
+    budget_minutes: Mapping[str, float]
+    parameters: Mapping[str, Parameter]
+
+
+def names() -> list[str]:
+    """Return the names of the numbered notebooks, in order."""
+    return sorted(path.stem for path in paths.notebooks_root().glob("[0-9][0-9]_*.ipynb"))
+
+
+def profiles() -> list[str]:
+    """Return the names of the profiles."""
+    return sorted(path.name for path in (paths.notebooks_root() / "params").iterdir() if path.is_dir())
+
+
+def describe(name: str) -> Notebook:
+    """Read a notebook's title, system, budgets and parameters; refuse an unknown name with those near it.
+
+    Raises:
+        ValueError: no such notebook.
+    """
+    from papermill import inspect_notebook
+
+    if name not in names():
+        raise ValueError(f"notebook {name!r} is unknown{_meant(name, names())}; known are {', '.join(names())}.")
+    path = paths.notebooks_root() / f"{name}.ipynb"
+    content = runs.read_json(path)
+    title = next(
+        line.lstrip("# ")
+        for cell in content["cells"]
+        for line in "".join(cell["source"]).splitlines()
+        if line.startswith("# ")
+    )
+    found = {
+        key: Parameter(key, entry["inferred_type_name"], ast.literal_eval(entry["default"]), entry["help"])
+        for key, entry in inspect_notebook(str(path)).items()
+    }
+    own = content["metadata"]["kerasmed"]
+    return Notebook(name, path, title, own["system"], own["budget_minutes"], found)
+
+
+def _meant(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def parse_value(text: str):
+    """Turn the text of `-p name=value` into a Python literal, "true"/"false"/"null" included; anything else stays text.
+
+    Example:
+        >>> parse_value("1e-3"), parse_value("[96, 96]"), parse_value("true"), parse_value('"; import os')
+        (0.001, [96, 96], True, '"; import os')
+    """
+    words = {"true": True, "false": False, "null": None, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def resolve(notebook: Notebook, *, profile: str, given: Mapping) -> dict:
+    """Join a notebook's defaults, a profile's values and given values into its parameters.
+
+    Args:
+        notebook: from `describe`.
+        profile: a name of `profiles()`.
+        given: name -> value, which win.
+
+    Returns:
+        Every parameter of the notebook, in its order.
+
+    Raises:
+        ValueError: unknown profile, unknown names (with the known ones), or a value of another type than the default.
+    """
+    if profile not in profiles():
+        raise ValueError(
+            f"profile {profile!r} is unknown{_meant(profile, profiles())}; known are {', '.join(profiles())}."
+        )
+    path = paths.notebooks_root() / "params" / profile / f"{notebook.name}.yaml"
+    from_profile = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    for origin, values in ((path.name, from_profile), ("-p", given)):
+        for name, value in values.items():
+            if name not in notebook.parameters:
+                raise ValueError(
+                    f"parameter {name!r} ({origin}) is unknown to {notebook.name}{_meant(name, notebook.parameters)}; "
+                    f"known are {', '.join(notebook.parameters)}."
+                )
+            default = notebook.parameters[name].default
+            fits = isinstance(value, type(default)) and not (isinstance(value, bool) and not isinstance(default, bool))
+            if not fits and not (isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)):
+                hint = (
+                    "; YAML reads 1e-3 as text, write 1.0e-3"
+                    if isinstance(default, float) and isinstance(value, str)
+                    else ""
+                )
+                raise ValueError(
+                    f"parameter {name!r} ({origin}) of {notebook.name} is {value!r}; "
+                    f"expected {type(default).__name__}, "
+                    f"such as {default!r}{hint}."
+                )
+    merged = {name: parameter.default for name, parameter in notebook.parameters.items()} | from_profile | dict(given)
+    # 1 and 1.0 are one value and must give one key.
+    return {
+        name: float(value) if isinstance(notebook.parameters[name].default, float) else value
+        for name, value in merged.items()
+    }
+
+
+def run(notebook: Notebook, parameters: Mapping, *, force: bool = False, timeout: int | None = None) -> Path:
+    """Execute a notebook into its run folder, or find that this was done.
+
+    The same parameters, data and sources find the same folder: a finished run is returned at once, one that was killed
+    goes on at its last whole stage. The executed notebook is kept in either case.
+
+    Args:
+        notebook: from `describe`.
+        parameters: from `resolve`.
+        force: throw the folder away first.
+        timeout: seconds that one cell may take; None for any.
+
+    Returns:
+        The run folder, complete.
+
+    Raises:
+        RuntimeError: the notebook failed, its kernel died, a cell took too long, or the run is under way elsewhere. The
+            text says where and why; the run's status is "failed".
+    """
+    from papermill import execute_notebook
+
+    source = datasets.locate(notebook.system, parameters, data_root=parameters["data_root"])
+    fingerprint = datasets.fingerprint(notebook.system, source)
+    folder = runs.folder(notebook.system, notebook.name, parameters, fingerprint, models_root=parameters["models_root"])
+    state = runs.status(folder)["status"]
+    if state == "running":
+        raise RuntimeError(f"{folder} is being written by another process; wait for it, or stop it.")
+    if force:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif state == "complete":
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    # A user's own kernel of the same name must not take the place of this environment's.
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    try:
+        with _kept(folder / "notebook.ipynb") as output:
+            execute_notebook(
+                notebook.path,
+                output,
+                parameters=dict(parameters),
+                kernel_name="python3",
+                cwd=paths.project_root(),
+                progress_bar=sys.stderr.isatty(),
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                execution_timeout=timeout,
+                config=_kernel_config(),
+            )
+    except (Exception, KeyboardInterrupt) as error:  # whatever ended the notebook ends this run, and no other
+        reason = _reason(error)
+        runs.set_status(
+            folder,
+            "failed",
+            system=notebook.system,
+            notebook=notebook.name,
+            profile=parameters["profile"],
+            error=reason,
+        )
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise RuntimeError(f"{reason}\n  executed notebook: {folder / 'notebook.ipynb'}") from error
+    if runs.status(folder)["status"] != "complete":
+        runs.set_status(folder, "failed", error="ended without `runs.finish`")
+        raise RuntimeError(
+            f"{notebook.name} ended without `runs.finish` on {folder}; its last cell must write the metrics."
+        )
+    return folder
+
+
+def _kernel_config():
+    """Talk to the kernel through sockets in the file system: closed to other users, and no two runs race for a port."""
+    from traitlets.config import Config
+
+    return Config() if sys.platform == "win32" else Config({"KernelManager": {"transport": "ipc"}})
+
+
+@contextlib.contextmanager
+def _kept(path: Path):
+    """Yield a temporary name and rename it to `path` afterwards, failed or not: the executed notebook is kept."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+    finally:
+        if temporary.exists():
+            os.replace(temporary, path)
+
+
+def _reason(error: BaseException) -> str:
+    """Say in a few lines which cell failed and why."""
+    if hasattr(error, "evalue"):
+        where = f"cell {error.cell_index} (In [{error.exec_count}])" if hasattr(error, "exec_count") else "a cell"
+        trace = [
+            _ANSI.sub("", line) for part in (getattr(error, "traceback", None) or []) for line in str(part).splitlines()
+        ]
+        arrows = [match for line in trace if (match := _ARROW.match(line))]
+        at = f"\n  at line {arrows[0][1]}: {arrows[0][2].strip()}" if arrows else ""
+        return f"{where}: {error.ename}: {error.evalue}{at}"
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+def quickest_first(notebooks: Sequence[Notebook], profile: str) -> list[Notebook]:
+    """Sort by a profile's budget, so that first results come soon; an unknown profile leaves the order."""
+    return sorted(notebooks, key=lambda notebook: notebook.budget_minutes.get(profile, 0))

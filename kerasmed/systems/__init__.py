@@ -1,0 +1,1 @@
+"""Recipes: a system's configuration and its few functions over the modules below."""

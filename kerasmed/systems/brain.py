@@ -1,0 +1,269 @@
+"""Brain MRI: Alzheimer's severity and tumour type, each a four-class model.
+
+    kerasmed run 07_brain_mri --profile demo       synthetic data, about 2 minutes on 2 cores
+    kerasmed run 07_brain_mri --data-root DIR      real images, about 20 minutes on 2 cores
+
+The published train and test folders are pooled and split anew by group, because both tasks' published test sets hold
+slices of patients, or copies of images, that are in training.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from kerasmed import audit, augment, datasets, images, losses, metrics, models, pipelines, runs, splits, training
+from kerasmed.datasets import brain as data
+from kerasmed.manifest import class_ids, targets
+
+NAME = "brain"
+CLASS_NAMES = data.CLASS_NAMES
+# A class of fewer groups cannot stand in train, valid and test at once.
+MIN_GROUPS = 3
+
+
+@dataclass(frozen=True)
+class Config:
+    """Parameters of notebook 07_brain_mri; the notebook's parameters cell says what each means."""
+
+    profile: str
+    seed: int
+    data_source: str
+    synthetic_patients_per_class: int
+    synthetic_slices_per_patient: int
+    synthetic_seed: int
+    tasks: Sequence[str]
+    image_size: Sequence[int]
+    max_quarantined_share: float
+    similarity: float
+    test_share: float
+    valid_share: float
+    augmentation: Sequence[str]
+    batch_size: int
+    epochs: int
+    learning_rate: float
+    weight_decay: float
+    schedule: str
+    stop_patience: int
+    dropout: float
+    class_weights: bool
+    focusing: float
+    precision: str
+    deterministic: bool
+    bootstraps: int
+
+
+def parameter_names() -> list[str]:
+    """Return the notebook parameters that a configuration is made of: all but the two roots."""
+    return [field.name for field in fields(Config)]
+
+
+def read(config: Config, source: datasets.Source, task: str) -> pipelines.Store:
+    """Read a task's manifest, decode its images once, and find its groups.
+
+    Patients are the groups where a `patients.csv` gives them, similarity groups where none does.
+
+    Returns:
+        `pipelines.Store` whose manifest has `group_id`.
+    """
+    store = pipelines.decode(
+        data.read(source.root, task),
+        source.root,
+        image_size=tuple(config.image_size),
+        max_quarantined_share=config.max_quarantined_share,
+    )
+    manifest = store.manifest
+    if manifest["group_id"].isna().all():
+        found = audit.similarity_groups(store.thumbnails, threshold=config.similarity)
+        manifest = manifest.assign(group_id=[f"{task}-{number:05d}" for number in found])
+    return store._replace(manifest=manifest)
+
+
+def split(config: Config, store: pipelines.Store, task: str) -> pipelines.Store:
+    """Split a store's rows anew by group, and refuse to go on where anything leaks."""
+    manifest = splits.assign(
+        store.manifest,
+        CLASS_NAMES[task],
+        test_share=config.test_share,
+        valid_share=config.valid_share,
+        seed=config.seed,
+    )
+    audit.gate(manifest)
+    return store._replace(manifest=manifest)
+
+
+def rows(store: pipelines.Store, split: str) -> np.ndarray:
+    """Return the positions of a split's images in the store, int."""
+    return np.flatnonzero(store.manifest["split"] == split)
+
+
+def build_model(config: Config, task: str) -> keras.Model:
+    """Build the compact residual network for a task."""
+    return models.compact_cnn(tuple(config.image_size), len(CLASS_NAMES[task]), dropout=config.dropout)
+
+
+def make_datasets(config: Config, store: pipelines.Store, task: str):
+    """Make the training datasets (a function of the first epoch) and the validation dataset."""
+    y = targets(store.manifest, CLASS_NAMES[task])
+    train, valid = rows(store, "train"), rows(store, "valid")
+    recipe = augment.build(config.augmentation, tuple(config.image_size))
+
+    def train_from(first_epoch):
+        return pipelines.training_dataset(
+            store.images,
+            train,
+            y[train],
+            batch_size=config.batch_size,
+            seed=config.seed,
+            first_epoch=first_epoch,
+            augment=recipe,
+        )
+
+    return train_from, pipelines.evaluation_dataset(store.images, valid, y[valid])
+
+
+def fit(config: Config, model: keras.Model, store: pipelines.Store, task: str, *, folder: Path) -> pd.DataFrame:
+    """Train a model on a store's training rows, or go on with it; see `kerasmed.training.fit`."""
+    train_from, valid = make_datasets(config, store, task)
+    train = rows(store, "train")
+    ids = class_ids(store.manifest, CLASS_NAMES[task])[train]
+    weights = losses.balanced_class_weights(ids, len(CLASS_NAMES[task])) if config.class_weights else None
+    return training.fit(
+        model,
+        train_from,
+        valid,
+        folder=folder,
+        steps_per_epoch=pipelines.steps_per_epoch(len(train), config.batch_size),
+        epochs=config.epochs,
+        loss=losses.WeightedCategoricalCrossentropy(weights, config.focusing),
+        metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        stop_patience=config.stop_patience,
+    )
+
+
+def predict_store(model: keras.Model, store: pipelines.Store, task: str, *, variant: str) -> pd.DataFrame:
+    """Predict every image of a store.
+
+    Returns:
+        DataFrame: the ids, split, variant, y_<class> and p_<class>.
+    """
+    names = CLASS_NAMES[task]
+    probabilities = model.predict(pipelines.evaluation_dataset(store.images, np.arange(len(store.manifest))), verbose=0)
+    ids = store.manifest[["image_path", "patient_id", "study_id", "group_id", "split"]].assign(variant=variant)
+    truth = store.manifest[list(names)].set_axis([f"y_{name}" for name in names], axis=1)
+    return pd.concat([ids, truth, pd.DataFrame(probabilities, columns=[f"p_{name}" for name in names])], axis=1)
+
+
+def scored(predictions: pd.DataFrame, store: pipelines.Store, task: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the test split's positions in the store, class ids, and predicted probabilities (num_images, 4)."""
+    test = rows(store, "test")
+    ids = class_ids(store.manifest, CLASS_NAMES[task])[test]
+    return test, ids, predictions.loc[test, [f"p_{name}" for name in CLASS_NAMES[task]]].to_numpy()
+
+
+def evaluate(config: Config, predictions: pd.DataFrame, store: pipelines.Store, task: str) -> list[dict]:
+    """Score a task's test split beside majority and nearest neighbour, with intervals over groups.
+
+    Classes of fewer than three groups cannot be in all splits: the figures without them are given as well, over the
+    images of the other classes, with the probabilities of these.
+
+    Returns:
+        Rows of `kerasmed.metrics.multiclass_rows`.
+    """
+    names = CLASS_NAMES[task]
+    train = rows(store, "train")
+    test, truth, predicted = scored(predictions, store, task)
+    ids = class_ids(store.manifest, names)
+    neighbour, _ = audit.nearest(store.thumbnails[test], store.thumbnails[train])
+    probabilities = {
+        predictions["variant"].iloc[0]: predicted,
+        metrics.MAJORITY: metrics.majority_probabilities(ids[train], len(test), len(names)),
+        metrics.NEAREST_NEIGHBOUR: np.eye(len(names))[ids[train][neighbour]],
+    }
+    groups = store.manifest["group_id"].to_numpy()[test]
+    options = {"task": task, "num_draws": config.bootstraps, "seed": config.seed}
+    table = metrics.multiclass_rows(truth, probabilities, groups, names, **options)
+    kept = [
+        position
+        for position, name in enumerate(names)
+        if store.manifest.loc[ids == position, "group_id"].nunique() >= MIN_GROUPS
+    ]
+    if 1 < len(kept) < len(names):
+        among = np.isin(truth, kept)
+        reduced = {name: values[among][:, kept] for name, values in probabilities.items()}
+        part = metrics.multiclass_rows(
+            np.searchsorted(kept, truth[among]),
+            reduced,
+            groups[among],
+            [names[position] for position in kept],
+            prefix=f"{len(kept)} classes: ",
+            **options,
+        )
+        table += [row for row in part if row["label"].endswith(": all")]
+    return table
+
+
+def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
+    """Predict raw image files with every model of a run, reading them as its training did.
+
+    Args:
+        run: a complete run folder of 07_brain_mri.
+        path: an image file or a folder, searched through.
+        progress: show a bar.
+
+    Returns:
+        DataFrame, a row a file: image_path (relative to the folder), error ("" or why it could not be read), and for
+        each task `<task>` (the likeliest class) and `p_<class>`; empty for unreadable files.
+
+    Raises:
+        FileNotFoundError: no such path, or no image below it.
+    """
+    path = Path(path)
+    params = runs.read_json(run / "params.json")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; name an image file or a folder of images.")
+    root = path if path.is_dir() else path.parent
+    found = list(datasets.files(path)) if path.is_dir() else [path]
+    names = [
+        Path(entry).relative_to(root).as_posix() for entry in found if Path(entry).suffix.lower() in images.SUFFIXES
+    ]
+    if not names:
+        raise FileNotFoundError(f"no image under {path}; files ending in {', '.join(images.SUFFIXES)} are read.")
+    loaded = {task: keras.saving.load_model(run / f"model-{task}.keras") for task in params["tasks"]}
+    tables = []
+    with tqdm(
+        total=len(names), unit="image", desc="predict", disable=not progress, mininterval=1, ascii=True, ncols=80
+    ) as bar:
+        for pixels, reasons in pipelines.decode_stream(root, names, image_size=tuple(params["image_size"])):
+            readable = reasons == ""
+            table = pd.DataFrame({"error": reasons})
+            for task, model in loaded.items():
+                classes = CLASS_NAMES[task]
+                probabilities = np.full((len(reasons), len(classes)), np.nan, np.float32)
+                if readable.any():
+                    probabilities[readable] = model.predict_on_batch(pixels[readable][..., None])
+                table[task] = np.where(readable, np.array(classes)[np.nan_to_num(probabilities).argmax(axis=1)], "")
+                table[[f"p_{name}" for name in classes]] = probabilities
+            tables.append(table)
+            bar.update(len(reasons))
+    table = pd.concat(tables, ignore_index=True)
+    table.insert(0, "image_path", names)
+    return table
+
+
+def headline(rows: Sequence[Mapping], *, variant: str) -> list[Mapping]:
+    """Pick the rows that answer the notebook's question: accuracy and balanced accuracy over all classes that occur."""
+    return [
+        row
+        for row in rows
+        if row["variant"] == variant
+        and row["metric"] in ("accuracy", "balanced_accuracy")
+        and (row["label"] == "all" or row["label"].endswith(": all"))
+    ]

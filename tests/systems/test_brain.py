@@ -1,0 +1,187 @@
+"""The brain system end to end, as its user runs it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from kerasmed import datasets, notebooks, runs
+from kerasmed.systems import brain
+
+QUICK = {
+    "data_source": "auto",
+    "epochs": 2,
+    "bootstraps": 50,
+    "max_quarantined_share": 0.2,
+    "test_share": 0.2,
+    "valid_share": 0.2,
+}
+
+
+def _config(**changes):
+    notebook = notebooks.describe("07_brain_mri")
+    parameters = notebooks.resolve(notebook, profile="smoke", given=QUICK | changes)
+    return brain.Config(**{name: parameters[name] for name in brain.parameter_names()})
+
+
+def test_read_groups_slices_and_split_cuts_none(brain_root):
+    config = _config()
+    store = brain.read(config, datasets.Source(brain_root, "real"), "alzheimer")
+    assert store.manifest["group_id"].nunique() == 24
+    store = brain.split(config, store, "alzheimer")
+    assert store.manifest.groupby("group_id")["split"].nunique().eq(1).all()
+    assert set(store.manifest["split"]) == {"train", "valid", "test"}
+
+
+def test_read_uses_patients_where_given(brain_root):
+    home = brain_root / "brain/alzheimer"
+    lines = [
+        f"{path.relative_to(home).as_posix()},P{number % 9}" for number, path in enumerate(sorted(home.rglob("*.jpg")))
+    ]
+    (home / "patients.csv").write_text("image_path,patient_id\n" + "\n".join(lines))
+    store = brain.read(_config(), datasets.Source(brain_root, "real"), "alzheimer")
+    assert sorted(store.manifest["group_id"].unique()) == [f"P{number}" for number in range(9)]
+
+
+def test_evaluate_scores_few_group_classes_apart(brain_root, rng):
+    home = brain_root / "brain/alzheimer/train/ModerateDemented"
+    for path in sorted(home.iterdir())[4:]:
+        path.unlink()  # two patients are left
+    config = _config(test_share=0.3)
+    store = brain.split(config, brain.read(config, datasets.Source(brain_root, "real"), "alzheimer"), "alzheimer")
+    probabilities = rng.dirichlet(np.ones(4), len(store.manifest))
+    predictions = pd.DataFrame(probabilities, columns=[f"p_{name}" for name in brain.CLASS_NAMES["alzheimer"]]).assign(
+        variant="net"
+    )
+    rows = brain.evaluate(config, predictions, store, "alzheimer")
+    labels = {row["label"] for row in brain.headline(rows, variant="net")}
+    assert labels == {"all", "3 classes: all"}
+    apart = next(
+        row
+        for row in rows
+        if row["label"] == "3 classes: all" and row["metric"] == "accuracy" and row["variant"] == "net"
+    )
+    test = store.manifest["split"] == "test"
+    kept = test & (store.manifest["ModerateDemented"] == 0)
+    expected = (
+        probabilities[kept][:, :3].argmax(axis=1)
+        == store.manifest.loc[kept, list(brain.CLASS_NAMES["alzheimer"][:3])].to_numpy().argmax(axis=1)
+    ).mean()
+    assert apart["value"] == pytest.approx(expected) and apart["n"] == kept.sum()
+
+
+def _run(brain_root, tmp_path, *extra, wait=True):
+    command = [
+        sys.executable,
+        "-m",
+        "kerasmed",
+        "run",
+        "07_brain_mri",
+        "--profile",
+        "smoke",
+        "--data-root",
+        str(brain_root),
+    ]
+    for name, value in QUICK.items():
+        command += ["-p", f"{name}={value}"]
+    process = subprocess.Popen(
+        command + list(extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ.copy()
+    )
+    if wait:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+        return output
+    return process
+
+
+@pytest.mark.slow
+def test_run_with_bad_files_then_predict_gives_the_same_probabilities(brain_root, tmp_path, rng):
+    folder = brain_root / "brain/brain_tumor/train/no_tumor"
+    picture = cv2.resize(rng.integers(0, 256, (6, 6), dtype=np.uint8), (60, 60), interpolation=cv2.INTER_CUBIC)
+    (folder / "zero.jpg").write_bytes(b"")
+    (folder / "cut.jpg").write_bytes(cv2.imencode(".jpg", picture)[1].tobytes()[:-200])
+    (folder / "text.jpg").write_text("not pixels")
+    cv2.imwrite(str(folder / "deep.png"), picture.astype(np.uint16) * 16)
+    Image.fromarray(np.dstack([picture] * 3 + [np.full_like(picture, 255)])).save(folder / "rgba.png")
+    Image.fromarray(np.dstack([picture] * 3)).convert("CMYK").save(folder / "cmyk.jpg")
+    output = _run(brain_root, tmp_path)
+    assert "brain_tumor: 51 images read, 3 set aside" in output
+    run = runs.find("brain", "07_brain_mri")
+    assert {path.name for path in run.iterdir()} >= {
+        "status.json",
+        "params.json",
+        "environment.json",
+        "split.csv",
+        "history.csv",
+        "predictions.csv",
+        "metrics.json",
+        "model-alzheimer.keras",
+        "model-brain_tumor.keras",
+        "figures",
+        "notebook.ipynb",
+        "variants",
+        "quarantine.csv",
+    }
+    assert runs.read_json(run / "environment.json")["data_source"] == "real"
+    assert len(pd.read_csv(run / "quarantine.csv")) == 3
+
+    out = tmp_path / "probabilities.csv"
+    command = [
+        sys.executable,
+        "-m",
+        "kerasmed",
+        "predict",
+        "brain",
+        str(brain_root / "brain"),
+        "--run",
+        str(run),
+        "--out",
+        str(out),
+    ]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (
+        said.returncode == 0
+        and "99 of 102 images predicted" in said.stdout
+        and "cut.jpg: truncated JPEG" in said.stderr
+    )
+    raw = pd.read_csv(out).assign(image_path=lambda table: "brain/" + table["image_path"])
+    assert raw["error"].notna().sum() == 3 and raw.loc[raw["error"].notna(), "p_no_tumor"].isna().all()
+    known = pd.read_csv(run / "predictions.csv")
+    assert len(known) == 99
+    for task, names in brain.CLASS_NAMES.items():
+        columns = [f"p_{name}" for name in names]
+        expected = known[known["variant"] == f"{task}/compact"].set_index("image_path")[columns]
+        got = raw.set_index("image_path").loc[expected.index, columns]
+        # Batches of other sizes: float32 sums in another order.
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_run_killed_while_training_ends_with_the_undisturbed_weights(brain_root, tmp_path, monkeypatch):
+    extra = ("-p", "epochs=4", "-p", "tasks=['brain_tumor']")
+    _run(brain_root, tmp_path, *extra)
+    whole = runs.find("brain", "07_brain_mri")
+    monkeypatch.setenv("KERASMED_MODELS", str(tmp_path / "killed"))
+    process = _run(brain_root, tmp_path, *extra, wait=False)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "killed").rglob("checkpoint.npz")):
+        assert process.poll() is None and time.monotonic() < deadline, "never trained"
+        time.sleep(0.05)
+    (status,) = (tmp_path / "killed").rglob("status.json")
+    os.kill(runs.read_json(status)["pid"], signal.SIGKILL)  # the kernel
+    process.kill()
+    process.wait()
+    assert runs.status(status.parent)["status"] in ("interrupted", "failed")
+    output = _run(brain_root, tmp_path, *extra)
+    assert "resuming" in output
+    resumed = status.parent
+    assert resumed.name == whole.name and runs.status(resumed)["status"] == "complete"
+    one, other = (pd.read_csv(run / "predictions.csv") for run in (whole, resumed))
+    pd.testing.assert_frame_equal(one, other, check_exact=True)

@@ -1,0 +1,68 @@
+import pytest
+from click.testing import CliRunner
+
+from kerasmed import runs
+from kerasmed.cli import main
+
+
+def _call(*arguments):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_list_shows_notebooks_and_on_request_their_parameters():
+    result = _call("list")
+    assert result.exit_code == 0 and "07_brain_mri  Brain MRI" in result.output and "smoke 0.5 min" in result.output
+    assert "epochs = " not in result.output
+    assert "epochs = " in _call("list", "07_brain_mri").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "Missing argument"),
+        (["run", "7_brain"], "notebook '7_brain' is unknown"),
+        (["run", "07_brain_mri", "-p", "epoch=3"], "did you mean epochs?"),
+        (["run", "07_brain_mri", "-p", "epochs"], "write -p name=value"),
+        (["run", "07_brain_mri", "--profile", "fast"], "profile 'fast' is unknown"),
+        (["predict", "brian", "x", "--out", "y.csv"], "system 'brian' is unknown"),
+        (["predict", "brain", "x", "--out", "y.csv"], "no complete run of brain"),
+        (["data", "synth", "heart", "x"], "system 'heart' is unknown"),
+        (["check", "heart"], "system 'heart' is unknown"),
+        (["collect"], "no runs under"),
+    ],
+)
+def test_usage_errors_exit_with_2_and_say_what_is_known(arguments, message):
+    result = _call(*arguments)
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_run_without_the_data_it_needs_exits_with_1_and_says_how_to_get_them(tmp_path):
+    result = _call("run", "07_brain_mri", "--data-root", tmp_path / "typo")
+    assert result.exit_code == 1 and "kerasmed data fetch brain" in result.output
+
+
+def test_check_exits_with_1_where_something_is_wrong(brain_root):
+    good = _call("check", "brain", brain_root)
+    assert good.exit_code == 0 and "no problems" in good.output and "glioma_tumor" in good.output
+    (brain_root / "brain/alzheimer/train/MildDemented/cut.jpg").write_bytes(b"")
+    bad = _call("check", "brain", brain_root)
+    assert bad.exit_code == 1 and "cut.jpg: empty file (0 bytes)" in bad.output and "1 problems" in bad.output
+
+
+def test_data_list_and_synth(brain_root, tmp_path):
+    assert "real data, 96 files" in _call("data", "list", "--data-root", brain_root).output
+    assert "expected brain/" in _call("data", "list", "--data-root", tmp_path / "none").output
+    refused = _call("data", "synth", "brain", brain_root)
+    assert refused.exit_code == 2 and len(list((brain_root / "brain").rglob("*.jpg"))) == 96
+
+
+def test_collect_prints_runs_and_errors_and_writes_a_page(tmp_path):
+    run = runs.start(
+        "brain", "07_brain_mri", {"profile": "smoke"}, fingerprint="f", data_source="synthetic", environment={}
+    )
+    runs.set_status(run, "failed", error="cell 3: ValueError: no")
+    result = _call("collect", "--html", tmp_path / "all.html")
+    assert result.exit_code == 0 and "failed" in result.output and "cell 3: ValueError: no" in result.output
+    assert (tmp_path / "all.html").read_text().startswith("<!doctype html>")

@@ -1,0 +1,83 @@
+"""Imports point down, and the low layers stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kerasmed
+
+PACKAGE = Path(kerasmed.__file__).parent
+LAYERS = {
+    "paths": 0,
+    "environment": 0,
+    "runs": 0,
+    "manifest": 0,
+    "images": 1,
+    "augment": 1,
+    "datasets": 1,
+    "splits": 1,
+    "audit": 1,
+    "metrics": 1,
+    "plots": 1,
+    "losses": 2,
+    "models": 2,
+    "pipelines": 3,
+    "training": 3,
+    "systems": 4,
+    "notebooks": 5,
+    "cli": 5,
+    "__main__": 5,
+}
+
+
+def _imported(path):
+    """Modules of the package that a file imports, by the first name below `kerasmed`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "kerasmed":
+            parts = node.module.split(".")
+            yield from (
+                [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names if alias.name != "__version__"]
+            )
+        elif isinstance(node, ast.Import):
+            yield from [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("kerasmed.")]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_of_each_module_point_down(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__":
+        assert not list(_imported(path))
+        return
+    assert own in LAYERS, f"{own} has no layer; add it to LAYERS"
+    upward = [name for name in _imported(path) if LAYERS[name] > LAYERS[own]]
+    assert not upward
+    if own == "systems":
+        assert "systems" not in _imported(path), "one system imports another"
+
+
+def _loaded_after(statement):
+    code = f"import sys; {statement}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_imports_of_layers_0_and_1_leave_tensorflow_out():
+    modules = ", ".join(f"kerasmed.{name}" for name, layer in LAYERS.items() if layer <= 1)
+    loaded = _loaded_after(f"import {modules}, kerasmed.datasets.brain, kerasmed.datasets.synthetic.brain")
+    assert not loaded & {"tensorflow", "keras"}
+
+
+def test_imports_of_the_command_are_light_enough_for_a_quick_help():
+    assert not _loaded_after("import kerasmed.cli") & {"tensorflow", "keras", "pandas", "numpy", "papermill", "cv2"}
+
+
+@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if layer == 2])
+def test_imports_of_layer_2_leave_tensorflow_to_keras(name):
+    names = {
+        node.names[0].name.split(".")[0]
+        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text()))
+        if isinstance(node, ast.Import)
+    }
+    assert "tensorflow" not in names

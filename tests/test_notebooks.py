@@ -1,0 +1,213 @@
+import json
+from dataclasses import fields
+
+import pytest
+import yaml
+
+from kerasmed import datasets, notebooks, paths, runs
+from kerasmed.datasets import brain
+from kerasmed.notebooks import parse_value
+from kerasmed.systems.brain import Config
+
+NOTEBOOKS = notebooks.names()
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, brain_root):
+    """A project of one notebook whose body a test writes; data in the real layout beside it."""
+    home = tmp_path / "project"
+    (home / "notebooks/params/smoke").mkdir(parents=True)
+    (home / "notebooks/params/smoke/10_tiny.yaml").write_text("profile: smoke\nepochs: 2\n")
+    monkeypatch.chdir(home)
+
+    def write(body):
+        parameters = (
+            'profile = "full"  # type: str  name\nepochs = 5  # type: int  number\nrate = 0.001  # type: float  step\n'
+            'tasks = ["a"]  # type: list  which\nsure = False  # type: bool  or not\n'
+            'data_source = "auto"  # type: str  which\n'
+            f'data_root = "{brain_root}"  # type: str  where\nmodels_root = ""  # type: str  where\n'
+        )
+        cells = [
+            {"cell_type": "markdown", "metadata": {}, "source": ["# Tiny\n", "text"]},
+            {
+                "cell_type": "code",
+                "metadata": {"tags": ["parameters"]},
+                "source": [parameters],
+                "outputs": [],
+                "execution_count": None,
+            },
+            {"cell_type": "code", "metadata": {}, "source": [body], "outputs": [], "execution_count": None},
+        ]
+        metadata = {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "kerasmed": {"system": "brain", "budget_minutes": {"smoke": 1}},
+        }
+        content = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}
+        (home / "notebooks/10_tiny.ipynb").write_text(json.dumps(content))
+        notebook = notebooks.describe("10_tiny")
+        return notebook, notebooks.resolve(notebook, profile="smoke", given={})
+
+    return write
+
+
+GOOD = """
+import numpy as np
+from kerasmed import datasets, runs
+names = ("profile", "epochs", "rate", "tasks", "sure", "data_source")
+parameters = {name: globals()[name] for name in names}
+source = datasets.locate("brain", parameters, data_root=data_root)
+fingerprint = datasets.fingerprint("brain", source)
+run = runs.start("brain", "10_tiny", parameters, fingerprint=fingerprint, data_source=source.kind, environment={})
+row = {"task": "t", "variant": "net", "split": "test", "metric": "accuracy", "label": "all", "value": epochs / 10,
+       "ci95": [0, 1], "n": 1, "n_groups": 1, "baseline": {"variant": "majority", "value": 0.1}}
+runs.finish(run, headline=[row], rows=[row])
+"""
+
+
+def test_describe_and_resolve_join_defaults_profile_and_given(project):
+    notebook, parameters = project(GOOD)
+    assert (notebook.title, notebook.system) == ("Tiny", "brain")
+    assert notebook.parameters["rate"] == ("rate", "float", 0.001, "step")
+    assert (parameters["profile"], parameters["epochs"], parameters["tasks"]) == ("smoke", 2, ["a"])
+    assert notebooks.resolve(notebook, profile="smoke", given={"epochs": 9, "rate": 1})["rate"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"epoch": 3},
+            r"'epoch' \(-p\) is unknown to 10_tiny \(did you mean epochs\?\); known are profile, epochs, rate",
+        ),
+        ({"epochs": "five"}, "is 'five'; expected int, such as 5"),
+        ({"epochs": True}, "is True; expected int"),
+        ({"epochs": 2.5}, "is 2.5; expected int"),
+        ({"tasks": "a"}, "expected list"),
+        ({"sure": 1}, "expected bool"),
+        ({"rate": "1e-3"}, "YAML reads 1e-3 as text"),
+    ],
+)
+def test_resolve_refuses_what_papermill_would_swallow(project, given, message):
+    notebook, _ = project(GOOD)
+    with pytest.raises(ValueError, match=message):
+        notebooks.resolve(notebook, profile="smoke", given=given)
+
+
+def test_resolve_unknown_profile_and_name_in_a_profile_are_refused(project):
+    notebook, _ = project(GOOD)
+    with pytest.raises(ValueError, match=r"profile 'smok' is unknown \(did you mean smoke\?\)"):
+        notebooks.resolve(notebook, profile="smok", given={})
+    (paths.notebooks_root() / "params/smoke/10_tiny.yaml").write_text("epoch: 1\n")
+    with pytest.raises(ValueError, match=r"'epoch' \(10_tiny.yaml\) is unknown"):
+        notebooks.resolve(notebook, profile="smoke", given={})
+    with pytest.raises(ValueError, match="known are 10_tiny"):
+        notebooks.describe("11_none")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("1e-3", 0.001),
+        ("[64, 64]", [64, 64]),
+        ("True", True),
+        ("false", False),
+        ("null", None),
+        ("demo", "demo"),
+        ("__import__('os').getcwd()", "__import__('os').getcwd()"),
+        ('"; import os', '"; import os'),
+        ("['a']", ["a"]),
+    ],
+)
+def test_parse_value_takes_literals_and_runs_nothing(text, value):
+    assert parse_value(text) == value
+
+
+def test_run_leaves_a_complete_folder_and_does_not_repeat_it(project):
+    notebook, parameters = project(GOOD)
+    folder = notebooks.run(notebook, parameters)
+    assert runs.status(folder)["status"] == "complete" and folder.name.startswith("10_tiny-smoke-")
+    assert runs.read_json(folder / "metrics.json")["headline"][0]["value"] == 0.2
+    executed = runs.read_json(folder / "notebook.ipynb")
+    assert executed["cells"][-1]["execution_count"]
+    written = (folder / "notebook.ipynb").stat().st_mtime_ns
+    assert notebooks.run(notebook, parameters) == folder and (folder / "notebook.ipynb").stat().st_mtime_ns == written
+    (folder / "leftover").write_text("")
+    assert notebooks.run(notebook, parameters, force=True) == folder and not (folder / "leftover").exists()
+    other = notebooks.run(notebook, parameters | {"epochs": 3})
+    assert other != folder and {run.name for run in folder.parent.iterdir()} == {folder.name, other.name}
+
+
+@pytest.mark.parametrize(
+    ("body", "timeout", "message"),
+    [
+        (
+            "epochs / 0",
+            None,
+            r"cell 3 \(In \[3\]\): ZeroDivisionError: division by zero\n  at line 1: epochs / 0\n  executed notebook: ",
+        ),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", None, "DeadKernelError"),
+        ("import time; time.sleep(60)", 2, "CellTimeoutError"),
+        ("print('no metrics')", None, "ended without `runs.finish`"),
+    ],
+    ids=["error", "dead kernel", "timeout", "no metrics"],
+)
+def test_run_failure_is_an_error_and_keeps_the_notebook(project, body, timeout, message):
+    notebook, parameters = project(body)
+    with pytest.raises(RuntimeError, match=message):
+        notebooks.run(notebook, parameters, timeout=timeout)
+    (folder,) = (paths.models_root() / "brain").iterdir()
+    state = runs.status(folder)
+    assert state["status"] == "failed" and state["error"]
+    assert runs.read_json(folder / "notebook.ipynb")["cells"]
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_run_string_parameter_stays_a_string(project):
+    notebook, parameters = project(GOOD)
+    evil = '"; import pathlib; pathlib.Path("proof").touch() #'
+    folder = notebooks.run(notebook, parameters | {"tasks": [evil]})
+    assert runs.read_json(folder / "params.json")["tasks"] == [evil]
+    assert not (paths.project_root() / "proof").exists()
+
+
+# --- the notebooks that are shipped ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_shipped_notebook_keeps_the_conventions(name):
+    notebook = notebooks.describe(name)
+    content = runs.read_json(notebook.path)
+    cells = content["cells"]
+    assert cells[0]["cell_type"] == "markdown" and "**Data.**" in "".join(cells[0]["source"])
+    assert cells[1]["metadata"]["tags"] == ["parameters"]
+    assert notebook.system in datasets.SYSTEMS
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    long = [
+        position
+        for position, cell in enumerate(cells)
+        if cell["cell_type"] == "code"
+        and len("".join(cell["source"]).splitlines()) > 20
+        and "parameters" not in cell["metadata"].get("tags", [])
+    ]
+    assert not long
+    source = "\n".join("".join(cell["source"]) for cell in code)
+    for banned in ("!pip", "\nclass ", "filterwarnings", "/home/", "/root/"):
+        assert banned not in source
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_shipped_profiles_fit_their_notebook_and_full_pins_real_data(name):
+    notebook = notebooks.describe(name)
+    for profile in ("smoke", "demo", "full"):
+        assert notebooks.resolve(notebook, profile=profile, given={})["profile"] == profile
+        assert notebook.budget_minutes[profile] > 0
+    full = yaml.safe_load((paths.notebooks_root() / f"params/full/{name}.yaml").read_text())
+    assert full["data_source"] == "real"
+
+
+def test_brain_config_is_the_parameters_cell():
+    names = set(notebooks.describe("07_brain_mri").parameters)
+    assert names == {field.name for field in fields(Config)} | set(runs.LOCATION_PARAMETERS)
+    assert list(brain.TASKS) == notebooks.describe("07_brain_mri").parameters["tasks"].default

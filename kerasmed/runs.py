@@ -263,9 +263,18 @@ def status(run: Path) -> dict:
     if not path.exists():
         return {"status": "absent"}
     current = read_json(path)
-    if current["status"] == "running" and current["host"] == _host_hash() and not psutil.pid_exists(current["pid"]):
+    if current["status"] == "running" and current["host"] == _host_hash() and not _is_alive(current):
         current["status"] = "interrupted"
     return current
+
+
+def _is_alive(state: Mapping) -> bool:
+    """Whether the process that wrote a status still lives; one that began later only has its number."""
+    try:
+        began = psutil.Process(state["pid"]).create_time()
+    except psutil.NoSuchProcess:
+        return False
+    return began <= datetime.datetime.fromisoformat(state["started"]).timestamp() + 1
 
 
 def find(system: str, notebook: str | None = None, *, run: str | os.PathLike = "auto", models_root=None) -> Path:

@@ -109,6 +109,12 @@ def test_status_of_a_dead_process_is_interrupted():
     assert runs.status(run)["status"] == "interrupted"
 
 
+def test_status_of_a_process_that_took_over_the_number_is_interrupted():
+    run = _start()
+    runs.write_json(run / "status.json", runs.read_json(run / "status.json") | {"started": "2020-01-01T00:00:00+00:00"})
+    assert runs.status(run)["status"] == "interrupted"
+
+
 def test_find_takes_the_newest_complete_and_says_what_to_do_without():
     with pytest.raises(FileNotFoundError, match="make one with `kerasmed run 07_brain_mri`"):
         runs.find("brain", "07_brain_mri")

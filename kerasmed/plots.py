@@ -149,7 +149,9 @@ def metric_intervals(
                     linestyle="--",
                     linewidth=1,
                 )
-            labels.append(f"{row['metric'].replace('_', ' ')}: {row['variant'].split('/')[-1].replace('_', ' ')}")
+            labels.append(
+                f"{row['metric'].replace('_', ' ')}: {row['variant'].removeprefix(task + '-').replace('_', ' ')}"
+            )
         axis.set_yticks(range(len(labels)), labels, fontsize=8)
         axis.set(
             title=task + (f" (dashed: ceiling {ceilings[task]:.2f})" if ceilings else ""),

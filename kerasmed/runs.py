@@ -192,21 +192,16 @@ def save_figure(run: Path, figure, name: str) -> Path:
 
 
 def variant_folder(run: Path, variant: str) -> Path:
-    """Return (and make) the folder of a variant: `variants/<name>`, any "/" in the name written as "-"."""
-    path = run / "variants" / variant.replace("/", "-")
+    """Return (and make) the folder of a variant, `variants/<name>`."""
+    path = run / "variants" / variant
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def promote(run: Path, variant: str, name: str) -> None:
-    """Copy the model chosen on validation up to `<name>.keras`, its history to `history-<name>.csv`."""
-    source = variant_folder(run, variant)
-    for origin, target in (
-        (source / "model.keras", run / f"{name}.keras"),
-        (source / "history.csv", run / f"history-{name}.csv"),
-    ):
-        with whole(target) as temporary:
-            shutil.copyfile(origin, temporary)
+    """Copy the model of the variant chosen on validation up to `<name>.keras`."""
+    with whole(run / f"{name}.keras") as temporary:
+        shutil.copyfile(variant_folder(run, variant) / "model.keras", temporary)
 
 
 def finish(run: Path, *, headline: Sequence[Mapping], rows: Sequence[Mapping]) -> dict:
@@ -271,10 +266,11 @@ def status(run: Path) -> dict:
 def _is_alive(state: Mapping) -> bool:
     """Whether the process that wrote a status still lives; one that began later only has its number."""
     try:
-        began = psutil.Process(state["pid"]).create_time()
+        process = psutil.Process(state["pid"])
+        began, dead = process.create_time(), process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-    return began <= datetime.datetime.fromisoformat(state["started"]).timestamp() + 1
+    return not dead and began <= datetime.datetime.fromisoformat(state["started"]).timestamp() + 1
 
 
 def find(system: str, notebook: str | None = None, *, run: str | os.PathLike = "auto", models_root=None) -> Path:

@@ -84,7 +84,8 @@ def fit(
     )
     optimizer = keras.optimizers.AdamW(rate, weight_decay=weight_decay) if weight_decay else keras.optimizers.Adam(rate)
     trained.compile(optimizer, loss, metrics=list(metrics), jit_compile=jit_compile)
-    optimizer.build(trained.trainable_variables)
+    # Half precision wraps the optimizer, so its variables are those of the compiled one.
+    trained.optimizer.build(trained.trainable_variables)
 
     stopping = keras.callbacks.EarlyStopping(patience=stop_patience, restore_best_weights=True)
     plateau = keras.callbacks.ReduceLROnPlateau(factor=plateau_factor, patience=plateau_patience)

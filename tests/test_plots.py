@@ -8,7 +8,7 @@ from kerasmed import metrics, models, plots, splits
 @pytest.fixture
 def rows(rng):
     ids = np.repeat([0, 1], 10)
-    probabilities = {"t/net": np.eye(2)[ids] * 0.8 + 0.1, "majority": metrics.majority_probabilities(ids, 20, 2)}
+    probabilities = {"t-net": np.eye(2)[ids] * 0.8 + 0.1, "majority": metrics.majority_probabilities(ids, 20, 2)}
     return metrics.multiclass_rows(ids, probabilities, np.arange(20), ("a", "b"), task="t", num_draws=50)
 
 

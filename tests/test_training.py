@@ -70,6 +70,25 @@ def test_fit_resumed_equals_undisturbed(tmp_path, monkeypatch, schedule, killed_
     assert not (tmp_path / "cut/checkpoint.npz").exists()
 
 
+@pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
+def test_fit_resumed_equals_undisturbed_in_half_precision(tmp_path, monkeypatch, precision):
+    keras.config.set_dtype_policy(precision)
+    try:
+        whole, _ = _fit(tmp_path / "whole", epochs=2)
+        with monkeypatch.context() as patch:
+            _kill_after(patch, 1)
+            with pytest.raises(SystemExit):
+                _fit(tmp_path / "cut", epochs=2)
+        resumed, _ = _fit(tmp_path / "cut", epochs=2)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert (
+        whole.get_layer("logits").compute_dtype == "float32" and whole.get_layer("stem_conv").compute_dtype != "float32"
+    )
+    for one, other in zip(whole.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_fit_without_dropouts_seed_state_would_differ(tmp_path, monkeypatch):
     # Guards the test above: leaving the seed state out of the checkpoint must be seen.
     whole, _ = _fit(tmp_path / "whole")

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -124,6 +125,7 @@ def _build(target, image_paths, root, image_size, options, jobs, progress):
         initial=len(image_paths) - sum(len(part) for _, part in missing),
         unit="image",
         desc="decode",
+        file=sys.stdout,
         disable=not progress,
         mininterval=1,
         ascii=True,

@@ -128,6 +128,7 @@ def metric_intervals(
     table = pd.DataFrame([row for row in rows if row["label"] == "all" and row["metric"] in metrics])
     tasks = list(dict.fromkeys(table["task"]))
     num_lines = max(table["task"].value_counts())
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
     figure, axes = _figure(5.8 * len(tasks), 0.36 * num_lines + 1.3, 1, len(tasks))
     for axis, task in zip(axes[0], tasks):
         labels = []
@@ -140,7 +141,9 @@ def metric_intervals(
             colour = COLOURS[5] if row["baseline"] is None else COLOURS[0]
             axis.plot(row["ci95"] or [row["value"]] * 2, [position] * 2, color=colour, linewidth=2)
             axis.plot(row["value"], position, "o", color=colour)
-            axis.text(row["value"], position - 0.18, f"{row['value']:.3f}", ha="center", va="bottom", fontsize=7)
+            axis.text(
+                row["value"], position - 0.18, f"{row['value']:.3f}", ha="center", va="bottom", fontsize=7, bbox=box
+            )
             if ceilings and "accuracy" in row["metric"]:
                 axis.plot(
                     [ceilings[task]] * 2,
@@ -163,7 +166,7 @@ def metric_intervals(
     return figure
 
 
-def model_diagram(model, *, title: str) -> Figure:
+def model_diagram(model, *, title: str, columns: int = 6) -> Figure:
     """Draw a model block by block: layers whose names share the part before the first "_" are one box.
 
     A box gives the block's name, its layer types, the shape that it puts out and its number of weights.
@@ -171,28 +174,24 @@ def model_diagram(model, *, title: str) -> Figure:
     blocks: dict[str, list] = {}
     for layer in model.layers:
         blocks.setdefault(layer.name.split("_")[0], []).append(layer)
-    figure, axes = _figure(min(1.9 * len(blocks), 18), 2.3)
+    rows = -(-len(blocks) // columns)
+    figure, axes = _figure(11, 1.9 * rows + 0.5)
     axis = axes[0, 0]
     for position, (name, members) in enumerate(blocks.items()):
-        kinds = ", ".join(dict.fromkeys(type(layer).__name__.removesuffix("2D") for layer in members))
+        kinds = "\n".join(dict.fromkeys(type(layer).__name__.removesuffix("2D") for layer in members))
         shape = "×".join(str(side) for side in members[-1].output.shape[1:])
         weights = sum(layer.count_params() for layer in members)
+        x, y = position % columns * 1.2, -(position // columns) * 1.15
         axis.add_patch(
-            FancyBboxPatch(
-                (position * 1.2, 0), 1, 1, boxstyle="round,pad=0.02", facecolor="#e8eef5", edgecolor=COLOURS[0]
-            )
+            FancyBboxPatch((x, y), 1, 1, boxstyle="round,pad=0.02", facecolor="#e8eef5", edgecolor=COLOURS[0])
         )
-        axis.text(position * 1.2 + 0.5, 0.86, name, ha="center", va="center", fontsize=9, weight="bold")
-        axis.text(position * 1.2 + 0.5, 0.48, kinds.replace(", ", "\n"), ha="center", va="center", fontsize=7)
-        axis.text(position * 1.2 + 0.5, 0.08, f"{shape}\n{weights:,} weights", ha="center", va="bottom", fontsize=7)
-        if position:
-            axis.annotate(
-                "",
-                (position * 1.2 - 0.02, 0.5),
-                (position * 1.2 - 0.18, 0.5),
-                arrowprops={"arrowstyle": "->", "color": "grey"},
-            )
-    axis.set(xlim=(-0.1, len(blocks) * 1.2), ylim=(-0.1, 1.1))
+        axis.text(x + 0.5, y + 0.88, name, ha="center", va="center", fontsize=10, weight="bold")
+        axis.text(x + 0.5, y + 0.52, kinds, ha="center", va="center", fontsize=8)
+        axis.text(x + 0.5, y + 0.04, f"{shape}\n{weights:,} weights", ha="center", va="bottom", fontsize=8)
+        if position % columns:
+            arrow = {"arrowstyle": "->", "color": "grey"}
+            axis.annotate("", (x - 0.02, y + 0.5), (x - 0.18, y + 0.5), arrowprops=arrow)
+    axis.set(xlim=(-0.1, min(columns, len(blocks)) * 1.2), ylim=(-1.15 * (rows - 1) - 0.1, 1.1))
     axis.set_axis_off()
-    figure.suptitle(f"{title}: {model.count_params():,} weights", fontsize=11)
+    figure.suptitle(f"{title}: {model.count_params():,} weights, read from left to right", fontsize=11)
     return figure

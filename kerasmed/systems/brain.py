@@ -101,6 +101,15 @@ def rows(store: pipelines.Store, split: str) -> np.ndarray:
     return np.flatnonzero(store.manifest["split"] == split)
 
 
+def samples(store: pipelines.Store, task: str, *, count: int = 8) -> np.ndarray:
+    """Return positions of `count` images of each class (fewer where there are fewer), spread over the class, int."""
+    ids = class_ids(store.manifest, CLASS_NAMES[task])
+    of_class = [np.flatnonzero(ids == number) for number in range(len(CLASS_NAMES[task]))]
+    return np.concatenate(
+        [found[np.linspace(0, len(found) - 1, min(count, len(found)), dtype=int)] for found in of_class]
+    )
+
+
 def build_model(config: Config, task: str) -> keras.Model:
     """Build the compact residual network for a task."""
     return models.compact_cnn(tuple(config.image_size), len(CLASS_NAMES[task]), dropout=config.dropout)
@@ -166,6 +175,18 @@ def scored(predictions: pd.DataFrame, store: pipelines.Store, task: str) -> tupl
     test = rows(store, "test")
     ids = class_ids(store.manifest, CLASS_NAMES[task])[test]
     return test, ids, predictions.loc[test, [f"p_{name}" for name in CLASS_NAMES[task]]].to_numpy()
+
+
+def confident(
+    predictions: pd.DataFrame, store: pipelines.Store, task: str, *, right: bool, count: int = 8
+) -> np.ndarray:
+    """Return positions of the test images that were surest, right or wrong, one a group, surest first, int."""
+    test, truth, probabilities = scored(predictions, store, task)
+    found = pd.DataFrame(
+        {"position": test, "sure": probabilities.max(axis=1), "group": store.manifest["group_id"].to_numpy()[test]}
+    )
+    found = found[(probabilities.argmax(axis=1) == truth) == right].sort_values("sure", ascending=False, kind="stable")
+    return found.drop_duplicates("group")["position"].to_numpy()[:count]
 
 
 def evaluate(config: Config, predictions: pd.DataFrame, store: pipelines.Store, task: str) -> list[dict]:

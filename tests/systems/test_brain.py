@@ -49,6 +49,26 @@ def test_read_uses_patients_where_given(brain_root):
     assert sorted(store.manifest["group_id"].unique()) == [f"P{number}" for number in range(9)]
 
 
+def test_samples_spread_over_each_class_in_class_order(brain_root):
+    store = brain.read(_config(), datasets.Source(brain_root, "real"), "brain_tumor")
+    positions = brain.samples(store, "brain_tumor", count=3)
+    labels = store.manifest.loc[positions, list(brain.CLASS_NAMES["brain_tumor"])].to_numpy().argmax(axis=1)
+    assert labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 and len(set(positions)) == 12
+
+
+def test_confident_shows_each_group_once_and_the_surest_first(brain_root):
+    store = brain.split(_config(), brain.read(_config(), datasets.Source(brain_root, "real"), "alzheimer"), "alzheimer")
+    names = brain.CLASS_NAMES["alzheimer"]
+    # Always the first class, surer from image to image.
+    sure = np.linspace(0.4, 0.9, len(store.manifest))
+    table = pd.DataFrame({f"p_{name}": (1 - sure) / 3 for name in names}).assign(**{f"p_{names[0]}": sure})
+    for right in (True, False):
+        positions = brain.confident(table, store, "alzheimer", right=right)
+        chosen = store.manifest.loc[positions]
+        assert len(positions) and (chosen["split"] == "test").all() and (chosen[names[0]] == right).all()
+        assert chosen["group_id"].is_unique and (np.diff(sure[positions]) < 0).all()
+
+
 def test_evaluate_scores_few_group_classes_apart(brain_root, rng):
     home = brain_root / "brain/alzheimer/train/ModerateDemented"
     for path in sorted(home.iterdir())[4:]:

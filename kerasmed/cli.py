@@ -212,10 +212,9 @@ def predict(system, path, run_, out, models_root):
 
     _usage(datasets.reader, system)
     environment.setup(seed=0)
-    folder = _usage(runs.find, system, run=run_, models_root=models_root)
-    table = _usage(
-        importlib.import_module(f"kerasmed.systems.{system}").predict, folder, path, progress=sys.stderr.isatty()
-    )
+    recipe = importlib.import_module(f"kerasmed.systems.{system}")
+    folder = _usage(runs.find, system, recipe.NOTEBOOK, run=run_, models_root=models_root)
+    table = _usage(recipe.predict, folder, path, progress=sys.stderr.isatty())
     runs.write_table(out, table)
     unreadable = table[table["error"] != ""]
     click.echo(f"{len(table) - len(unreadable)} of {len(table)} images predicted with {folder.name}, written to {out}")
@@ -236,7 +235,7 @@ def collect(folder, html):
     table = runs.collect(folder)
     if table.empty:
         raise click.UsageError(f"no runs under {folder or 'the models root'}; make one with `kerasmed run NOTEBOOK`.")
-    click.echo(table.drop(columns=["folder", "error"]).to_string(index=False, float_format="{:.3f}".format, na_rep=""))
+    click.echo(runs.as_text(table.drop(columns=["folder", "error"])).to_string(index=False))
     for row in table[table["error"].notna()].itertuples():
         click.echo(f"{row.run}: {row.error}")
     if html:

@@ -27,6 +27,8 @@ def bootstrap_weights(groups: Sequence, *, num_draws: int = BOOTSTRAPS, seed: in
     Returns:
         float32 array, shape (num_draws, num_images).
     """
+    if num_draws < 1:
+        raise ValueError(f"`num_draws` is {num_draws}; expected at least 1 (1,000 is usual).")
     _, group_of_image = np.unique(np.asarray(groups).astype(str), return_inverse=True)
     num_groups = group_of_image.max() + 1
     counts = np.random.default_rng(seed).multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=num_draws)

@@ -198,6 +198,19 @@ def decode_stream(
 
 
 def _assemble(target, building, shards, image_paths, image_size):
+    """Join shards into the store. Another process may have finished the same store meanwhile; theirs is the same."""
+    try:
+        joined = _join(target, shards, image_paths, image_size)
+        os.rename(joined, target)
+    except OSError:
+        if not (target / "quarantine.csv").exists():
+            raise
+        for left_over in target.parent.glob(f"{target.name}.{os.getpid()}.joining"):
+            shutil.rmtree(left_over)
+    shutil.rmtree(building, ignore_errors=True)
+
+
+def _join(target, shards, image_paths, image_size) -> Path:
     joined = target.with_name(f"{target.name}.{os.getpid()}.joining")
     shutil.rmtree(joined, ignore_errors=True)
     joined.mkdir()
@@ -215,14 +228,7 @@ def _assemble(target, building, shards, image_paths, image_size):
     pd.DataFrame({"image_path": image_paths, "reason": reasons}).query("reason != ''").to_csv(
         joined / "quarantine.csv", index=False
     )
-    try:
-        os.rename(joined, target)
-    except OSError:
-        # Another process finished the same store first; theirs is the same.
-        if not (target / "quarantine.csv").exists():
-            raise
-        shutil.rmtree(joined)
-    shutil.rmtree(building, ignore_errors=True)
+    return joined
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

@@ -366,22 +366,26 @@ def collect(models_root=None) -> pd.DataFrame:
     return pd.DataFrame(records, columns=columns)
 
 
+def as_text(table: pd.DataFrame) -> pd.DataFrame:
+    """Format a table for reading: three decimals, and nothing where a value is missing."""
+
+    def shown(value):
+        return "" if pd.isna(value) else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    return table.astype(object).map(shown)
+
+
 def write_html(path: str | os.PathLike, table: pd.DataFrame) -> None:
     """Write a table of `collect` as one page without scripts or outside resources."""
     style = (
-        "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.3em .7em;text-align:left;"
-        "border-bottom:1px solid #ddd}td:nth-child(n+8):nth-child(-n+10),td:nth-child(12){text-align:right}"
+        "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}"
+        "td,th{padding:.3em .7em;text-align:left;border-bottom:1px solid #ddd}"
     )
-    linked = table.assign(folder=[f'<a href="{Path(folder).as_uri()}">folder</a>' for folder in table["folder"]])
-    for column in linked.columns.drop(["folder"]):
-        linked[column] = linked[column].map(
-            lambda value: (
-                "" if pd.isna(value) else f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
-            )
-        )
+    escaped = as_text(table.drop(columns="folder")).map(html.escape)
+    escaped["folder"] = [f'<a href="{Path(folder).as_uri()}">folder</a>' for folder in table["folder"]]
+    page = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>kerasmed runs</title><style>{style}</style>"
+        f"<h1>Runs</h1>{escaped.to_html(index=False, escape=False, border=0)}</html>\n"
+    )
     with whole(path) as temporary:
-        temporary.write_text(
-            f"<!doctype html><html lang=en><meta charset=utf-8><title>kerasmed runs</title><style>{style}</style>"
-            f"<h1>Runs</h1>{linked.to_html(index=False, escape=False, border=0)}</html>\n",
-            encoding="utf-8",
-        )
+        temporary.write_text(page, encoding="utf-8")

@@ -27,7 +27,7 @@ def test_list_shows_notebooks_and_on_request_their_parameters():
         (["run", "07_brain_mri", "-p", "epochs"], "write -p name=value"),
         (["run", "07_brain_mri", "--profile", "fast"], "profile 'fast' is unknown"),
         (["predict", "brian", "x", "--out", "y.csv"], "system 'brian' is unknown"),
-        (["predict", "brain", "x", "--out", "y.csv"], "no complete run of brain"),
+        (["predict", "brain", "x", "--out", "y.csv"], "no complete run of 07_brain_mri"),
         (["data", "synth", "heart", "x"], "system 'heart' is unknown"),
         (["check", "heart"], "system 'heart' is unknown"),
         (["collect"], "no runs under"),

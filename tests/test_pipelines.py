@@ -112,6 +112,25 @@ def test_decode_too_many_bad_files_stop_with_reasons(tree):
         _decode(tree)
 
 
+def test_decode_all_files_bad_stops_with_reasons(tree):
+    for path in tree[0].iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="20 of 20 files cannot be read"):
+        _decode(tree, max_quarantined_share=0.5)
+
+
+def test_decode_store_finished_meanwhile_by_another_process_is_taken(tree, monkeypatch):
+    join = pipelines._join
+
+    def other_is_quicker(target, *arguments):
+        join(target, *arguments).rename(target)
+        raise FileNotFoundError("the other process has removed the shards")
+
+    monkeypatch.setattr(pipelines, "_join", other_is_quicker)
+    assert len(_decode(tree).images) == 20
+    assert [path.name for path in paths.cache_root().iterdir()] == [_decode(tree).folder.name]
+
+
 def test_decode_stream_equals_the_store(tree):
     store = _decode(tree)
     parts = list(pipelines.decode_stream(tree[0], tree[1]["image_path"].tolist(), image_size=(16, 24), chunk=6))

@@ -81,7 +81,9 @@ def read(root, task: str) -> pd.DataFrame:
                     continue
                 records.append((path.relative_to(root).as_posix(), split, class_folder.name))
     if not records:
-        raise FileNotFoundError(f"no images of {task} under {home}; expected {LAYOUT}.")
+        raise FileNotFoundError(
+            f"no images of {task} under {home}; expected {LAYOUT}. Without them leave it out of `tasks`."
+        )
     if ignored:
         logger.warning("%d files are no images by their suffix and were left out: %s", len(ignored), ignored[:5])
     frame = pd.DataFrame(records, columns=["image_path", "split", "label"])

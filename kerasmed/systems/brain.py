@@ -20,7 +20,7 @@ from kerasmed import audit, augment, datasets, images, losses, metrics, models, 
 from kerasmed.datasets import brain as data
 from kerasmed.manifest import class_ids, targets
 
-NAME = "brain"
+NOTEBOOK = "07_brain_mri"  # whose runs `predict` uses
 CLASS_NAMES = data.CLASS_NAMES
 # A class of fewer groups cannot stand in train, valid and test at once.
 MIN_GROUPS = 3

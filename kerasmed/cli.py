@@ -17,7 +17,17 @@ ROOT_OPTIONS = {
 }
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Group(click.Group):
+    """Ends with a message where a file or a value is wrong, whichever command meets it."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (OSError, ValueError) as error:
+            raise click.ClickException(f"{type(error).__name__}: {error}") from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def main():
     """Medical image classification in Keras: numbered notebooks, run end to end."""
@@ -78,17 +88,19 @@ def run(notebooks, profile, pairs, data_root, models_root, force, timeout):
             bold=True,
         )
         try:
-            folder = nb.run(notebook, parameters, force=force, timeout=timeout)
+            folder, executed = nb.run(notebook, parameters, force=force, timeout=timeout)
         except (RuntimeError, ValueError, OSError) as error:
             failed.append((notebook.name, error))
             click.secho(f"failed: {error}", fg="red", err=True)
             continue
+        if not executed:
+            click.echo(f"finished already on {runs.status(folder)['finished']}; --force repeats it")
         done.append(folder)
     for folder in done:
         _show(runs.collect(folder), folder)
-    for name, error in failed:
-        click.secho(f"FAILED {name}: {error}", fg="red", err=True)
     if failed:
+        names = ", ".join(name for name, _ in failed)
+        click.secho(f"{len(failed)} of {len(plan)} failed: {names}", fg="red", err=True)
         sys.exit(1)
 
 
@@ -114,10 +126,11 @@ def _show(table, folder: Path):
     click.echo()
     click.secho(f"{folder.name}: {table['status'].iloc[0]}, {table['data_source'].iloc[0]} data", bold=True)
     for row in table.to_dict("records"):
+        interval = f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if row["ci_low"] is not None else "[undefined]"
+        metric, baseline = (row[name].replace("_", " ") for name in ("metric", "baseline"))
         click.echo(
-            f"  {row['task']:<12} {row['label']:<16} {row['metric'].replace('_', ' '):<18} {row['value']:.3f} "
-            f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]   "
-            f"best baseline: {row['baseline'].replace('_', ' ')} {row['baseline_value']:.3f}"
+            f"  {row['task']:<12} {row['label']:<16} {metric:<18} {row['value']:.3f} {interval}   "
+            f"best baseline: {baseline} {row['baseline_value']:.3f}"
         )
     click.echo(f"  notebook  {folder / 'notebook.ipynb'}\n  figures   {folder / 'figures'}")
 
@@ -214,8 +227,14 @@ def predict(system, path, run_, out, models_root):
     environment.setup(seed=0)
     recipe = importlib.import_module(f"kerasmed.systems.{system}")
     folder = _usage(runs.find, system, recipe.NOTEBOOK, run=run_, models_root=models_root)
-    table = _usage(recipe.predict, folder, path, progress=sys.stderr.isatty())
-    runs.write_table(out, table)
+    if runs.read_json(folder / "environment.json")["data_source"] == "synthetic":
+        click.secho(
+            f"warning: {folder.name} was trained on synthetic data; its answers mean nothing.", fg="red", err=True
+        )
+    with runs.whole(out) as temporary:  # a place that cannot be written to is better found before the work
+        temporary.touch()
+        table = _usage(recipe.predict, folder, path, progress=sys.stderr.isatty())
+        table.to_csv(temporary, index=False)
     unreadable = table[table["error"] != ""]
     click.echo(f"{len(table) - len(unreadable)} of {len(table)} images predicted with {folder.name}, written to {out}")
     for row in unreadable.head(10).itertuples():

@@ -41,7 +41,8 @@ def read(
 
     Colour becomes luma (ITU-R 601), transparency is composited on black, CMYK is converted, EXIF rotation is applied.
     8 bits are kept; deeper pixels are scaled by their own range, from their minimum to 0 and their maximum to 255, so
-    that 12 bits in a 16-bit file come out neither black nor clipped.
+    that 12 bits in a 16-bit file come out neither black nor clipped. A JPEG cut off at its end is refused; one that
+    lost bytes in its middle decodes to a damaged picture and is not noticed.
 
     Args:
         path: file, or a binary file object.
@@ -72,14 +73,19 @@ def finish(
     equalize: bool = False,
 ) -> np.ndarray:
     """Do what `read` does after decoding, with its options, to a uint8 array (height, width)."""
+    check_options(fit=fit, interpolation=interpolation)
+    if image_size is not None:
+        image = resize(image, image_size, fit=fit, interpolation=interpolation)
+    return cv2.equalizeHist(image) if equalize else image
+
+
+def check_options(*, fit: str, interpolation: str) -> None:
+    """Raise ValueError for an option that `read` does not know."""
     if fit not in FITS or interpolation not in INTERPOLATIONS:
         raise ValueError(
             f"`fit` is {fit!r} and `interpolation` {interpolation!r}; "
             f"expected one of {FITS} and {tuple(INTERPOLATIONS)}."
         )
-    if image_size is not None:
-        image = resize(image, image_size, fit=fit, interpolation=interpolation)
-    return cv2.equalizeHist(image) if equalize else image
 
 
 def resize(
@@ -122,10 +128,10 @@ def _decode(data: bytes) -> np.ndarray:
     # OpenCV returns a truncated JPEG or PNG as if it were whole (it only prints), so the end is looked for here.
     if header.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise ImageError("truncated JPEG (no end marker after the last scan)")
-    if header.format == "PNG" and b"IEND" not in data[-64:]:
+    if header.format == "PNG" and b"IEND" not in data:
         raise ImageError("truncated PNG (no end chunk)")
     rotated = "exif" in header.info and header.getexif().get(0x0112, 1) != 1
-    if header.format in ("JPEG", "PNG") and header.mode in ("L", "RGB", "RGBA", "I;16") and not rotated:
+    if header.format in ("JPEG", "PNG") and header.mode in ("L", "LA", "RGB", "RGBA", "I;16") and not rotated:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if image is None:
             raise ImageError(f"damaged {header.format} (decoder gave up)")
@@ -144,13 +150,16 @@ def _decode(data: bytes) -> np.ndarray:
 
 def _to_grey(image: np.ndarray) -> np.ndarray:
     """Scale to 8 bits, composite on black, and take the luma of an array (H, W[, 1, 3 or 4]), RGB order."""
+    alpha = None
+    if image.ndim == 3 and image.shape[2] == 4:
+        alpha = image[..., 3:].astype(np.float32) / np.iinfo(image.dtype).max
+        image = image[..., :3]
     if image.dtype != np.uint8:
         image = _scale_by_range(image)
+    if alpha is not None:
+        image = np.rint(image * alpha).astype(np.uint8)
     if image.ndim == 2:
         return image
-    if image.shape[2] == 4:
-        alpha = image[..., 3:].astype(np.float32) / 255
-        image = np.rint(image[..., :3] * alpha).astype(np.uint8)
     return image[..., 0] if image.shape[2] == 1 else cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
 
 

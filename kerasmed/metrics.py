@@ -166,7 +166,7 @@ def multiclass_rows(
         class_names: label of each class.
         task: what is classified, for the table.
         split: what the images are, for the table; never the split that steered early stopping or a threshold.
-        prefix: put before the label "all", where only some of a task's classes are scored.
+        prefix: put before every label, where only some of a task's classes are scored.
         num_draws: bootstrap draws.
         seed: of the draws.
 
@@ -209,7 +209,7 @@ def multiclass_rows(
                 **common,
                 "variant": name,
                 "metric": metric,
-                "label": prefix + label if label == "all" else label,
+                "label": prefix + label,
                 "value": None if np.isnan(value) else value,
                 "ci95": None,
                 "baseline": None,

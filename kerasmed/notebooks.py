@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -149,7 +150,9 @@ def resolve(notebook: Notebook, *, profile: str, given: Mapping) -> dict:
     }
 
 
-def run(notebook: Notebook, parameters: Mapping, *, force: bool = False, timeout: int | None = None) -> Path:
+def run(
+    notebook: Notebook, parameters: Mapping, *, force: bool = False, timeout: int | None = None
+) -> tuple[Path, bool]:
     """Execute a notebook into its run folder, or find that this was done.
 
     The same parameters, data and sources find the same folder: a finished run is returned at once, one that was killed
@@ -162,51 +165,49 @@ def run(notebook: Notebook, parameters: Mapping, *, force: bool = False, timeout
         timeout: seconds that one cell may take; None for any.
 
     Returns:
-        The run folder, complete.
+        The run folder, complete, and whether the notebook was executed.
 
     Raises:
         RuntimeError: the notebook failed, its kernel died, a cell took too long, or the run is under way elsewhere. The
             text says where and why; the run's status is "failed".
+        OSError: the models root cannot be written to.
     """
     from papermill import execute_notebook
 
     source = datasets.locate(notebook.system, parameters, data_root=parameters["data_root"])
     fingerprint = datasets.fingerprint(notebook.system, source)
-    folder = runs.folder(notebook.system, notebook.name, parameters, fingerprint, models_root=parameters["models_root"])
-    state = runs.status(folder)["status"]
-    if state == "running":
-        raise RuntimeError(f"{folder} is being written by another process; wait for it, or stop it.")
+    models_root = parameters["models_root"]
+    folder = runs.folder(notebook.system, notebook.name, parameters, fingerprint, models_root=models_root)
+    runs.refuse_running(folder, force=force)
     if force:
         shutil.rmtree(folder, ignore_errors=True)
-    elif state == "complete":
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    elif runs.status(folder)["status"] == "complete":
+        return folder, False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make {folder}: {error.strerror}; choose another folder with --models-root.") from error
+    for half_written in folder.rglob(".*.tmp.*"):  # what a killed process left
+        half_written.unlink()
+    runs.reserve(folder, notebook.system, notebook.name, parameters["profile"], data_source=source.kind)
     # A user's own kernel of the same name must not take the place of this environment's.
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     try:
-        with _kept(folder / "notebook.ipynb") as output:
+        with _kept(folder / "notebook.ipynb") as output, _kernel_config() as config:
             execute_notebook(
                 notebook.path,
                 output,
                 parameters=dict(parameters),
                 kernel_name="python3",
-                cwd=paths.project_root(),
                 progress_bar=sys.stderr.isatty(),
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
                 execution_timeout=timeout,
-                config=_kernel_config(),
+                config=config,
             )
     except (Exception, KeyboardInterrupt) as error:  # whatever ended the notebook ends this run, and no other
         reason = _reason(error)
-        runs.set_status(
-            folder,
-            "failed",
-            system=notebook.system,
-            notebook=notebook.name,
-            profile=parameters["profile"],
-            error=reason,
-        )
+        runs.set_status(folder, "failed", error=reason)
         if isinstance(error, KeyboardInterrupt):
             raise
         raise RuntimeError(f"{reason}\n  executed notebook: {folder / 'notebook.ipynb'}") from error
@@ -215,14 +216,17 @@ def run(notebook: Notebook, parameters: Mapping, *, force: bool = False, timeout
         raise RuntimeError(
             f"{notebook.name} ended without `runs.finish` on {folder}; its last cell must write the metrics."
         )
-    return folder
+    return folder, True
 
 
+@contextlib.contextmanager
 def _kernel_config():
-    """Talk to the kernel through sockets in the file system: closed to other users, and no two runs race for a port."""
+    """Configure a kernel that talks through sockets in a folder of its own: closed to others, and no race for ports."""
     from traitlets.config import Config
 
-    return Config() if sys.platform == "win32" else Config({"KernelManager": {"transport": "ipc"}})
+    with tempfile.TemporaryDirectory(prefix="kerasmed-", ignore_cleanup_errors=True) as folder:
+        sockets = {} if sys.platform == "win32" else {"transport": "ipc", "ip": os.path.join(folder, "kernel")}
+        yield Config({"KernelManager": sockets})
 
 
 @contextlib.contextmanager

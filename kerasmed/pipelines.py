@@ -22,8 +22,9 @@ from tqdm import tqdm
 from kerasmed import images, paths, runs
 
 SHARD_ROWS = 256
-# Raised when a change to reading alters pixels, so that older stores are not taken for current ones.
-STORE_VERSION = 1
+# A change of the reader may alter pixels: stores made by another are not taken for current ones.
+_READER = hashlib.sha256(Path(images.__file__).read_bytes()).hexdigest()[:16]
+_SYSTEM_REFUSED = "system refused:"
 _AHEAD = 4
 
 
@@ -75,7 +76,9 @@ def decode(
     options = dict(read_options or {})
     image_paths = manifest["image_path"].tolist()
     target = paths.cache_root() / _store_fingerprint(image_paths, root, image_size, options)
-    if not (target / "quarantine.csv").exists():
+    if target.exists() and pd.read_csv(target / "quarantine.csv")["reason"].str.startswith(_SYSTEM_REFUSED).any():
+        shutil.rmtree(target)  # the cause may be gone, and no file shows it
+    if not target.exists():
         _build(target, image_paths, root, image_size, options, jobs, progress)
     quarantine = pd.read_csv(target / "quarantine.csv")
     if len(quarantine) > max_quarantined_share * len(manifest):
@@ -96,7 +99,7 @@ def decode(
 
 
 def _store_fingerprint(image_paths, root, image_size, options) -> str:
-    header = f"{STORE_VERSION} {tuple(image_size)} {sorted(options.items())}\n"
+    header = f"{_READER} {tuple(image_size)} {sorted(options.items())}\n"
     digest = hashlib.sha256(header.encode())
     for path in image_paths:
         try:
@@ -168,7 +171,8 @@ def decode_files(
         except images.ImageError as error:
             reasons[row] = str(error)
         except OSError as error:
-            reasons[row] = f"{type(error).__name__}: {error.strerror}"
+            absent = isinstance(error, FileNotFoundError)
+            reasons[row] = "absent" if absent else f"{_SYSTEM_REFUSED} {type(error).__name__}: {error.strerror}"
         else:
             thumbnails[row] = images.thumbnail(image)
             pixels[row] = images.finish(image, image_size=image_size, **options)
@@ -198,22 +202,17 @@ def decode_stream(
 
 
 def _assemble(target, building, shards, image_paths, image_size):
-    """Join shards into the store. Another process may have finished the same store meanwhile; theirs is the same."""
+    """Join shards into the store, unless another process has finished the same store meanwhile."""
     try:
-        joined = _join(target, shards, image_paths, image_size)
-        os.rename(joined, target)
-    except OSError:
-        if not (target / "quarantine.csv").exists():
+        with runs.whole_folder(target) as joined:
+            _join(joined, shards, image_paths, image_size)
+    except FileNotFoundError:  # the other process has removed the shards
+        if not target.exists():
             raise
-        for left_over in target.parent.glob(f"{target.name}.{os.getpid()}.joining"):
-            shutil.rmtree(left_over)
     shutil.rmtree(building, ignore_errors=True)
 
 
-def _join(target, shards, image_paths, image_size) -> Path:
-    joined = target.with_name(f"{target.name}.{os.getpid()}.joining")
-    shutil.rmtree(joined, ignore_errors=True)
-    joined.mkdir()
+def _join(joined, shards, image_paths, image_size):
     reasons = np.concatenate([np.load(shard)["reasons"] for shard in shards])
     count = int((reasons == "").sum())
     for name, size in (("images", image_size), ("thumbnails", images.THUMBNAIL_SIZE)):
@@ -225,10 +224,8 @@ def _join(target, shards, image_paths, image_size) -> Path:
             array[row : row + len(kept)] = kept
             row += len(kept)
         array.flush()
-    pd.DataFrame({"image_path": image_paths, "reason": reasons}).query("reason != ''").to_csv(
-        joined / "quarantine.csv", index=False
-    )
-    return joined
+    quarantine = pd.DataFrame({"image_path": image_paths, "reason": reasons}).query("reason != ''")
+    quarantine.to_csv(joined / "quarantine.csv", index=False)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

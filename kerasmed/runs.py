@@ -49,6 +49,31 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; rename it to `target` if the block succeeds, delete it if not.
+
+    Where another process has made `target` meanwhile, theirs stays. What killed processes left is removed.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in target.parent.glob(f".{target.name}.*.tmp"):
+        if not psutil.pid_exists(int(left_over.name.split(".")[-2])):
+            shutil.rmtree(left_over, ignore_errors=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _plain(value):
     """Turn NumPy values, paths, tuples and non-finite floats into what JSON has."""
     if isinstance(value, Mapping):
@@ -153,27 +178,57 @@ def start(
 
     Returns:
         The run folder.
+
+    Raises:
+        RuntimeError: another process is writing it.
     """
     run = folder(system, notebook, parameters, fingerprint, models_root=models_root)
+    # The command that started this kernel has reserved the folder.
+    refuse_running(run, but_for=(os.getpid(), os.getppid()))
     (run / "figures").mkdir(parents=True, exist_ok=True)
     # Metrics of an earlier execution must not outlive it.
     (run / "metrics.json").unlink(missing_ok=True)
     write_json(run / "params.json", parameters)
     write_json(run / "environment.json", {**environment, "data_source": data_source, "fingerprint": fingerprint})
+    reserve(run, system, notebook, parameters["profile"], data_source=data_source)
+    return run
+
+
+def reserve(run: Path, system: str, notebook: str, profile: str, *, data_source: str) -> None:
+    """Mark a run as being written by this process."""
     write_json(
         run / "status.json",
         {
             "status": "running",
             "system": system,
             "notebook": notebook,
-            "profile": parameters["profile"],
+            "profile": profile,
             "data_source": data_source,
             "started": _now(),
             "pid": os.getpid(),
             "host": _host_hash(),
         },
     )
-    return run
+
+
+def refuse_running(run: Path, *, but_for: Sequence[int] = (), force: bool = False) -> None:
+    """Raise where another process is writing a run.
+
+    Args:
+        run: the run folder.
+        but_for: process numbers of this machine that may.
+        force: take a run over that another machine left as running: whether that process lives cannot be seen here.
+
+    Raises:
+        RuntimeError: says which process, since when, and what to do.
+    """
+    state = status(run)
+    here = state.get("host") == _host_hash()
+    if state["status"] != "running" or (here and state["pid"] in but_for) or (force and not here):
+        return
+    where = f"process {state['pid']} of this machine" if here else "a process of another machine"
+    mend = "wait for it, or stop it" if here else "wait for it, or use --force if it is dead"
+    raise RuntimeError(f"{run} has been written by {where} since {state['started']}; {mend}.")
 
 
 def _host_hash() -> str:
@@ -257,7 +312,10 @@ def status(run: Path) -> dict:
     path = run / "status.json"
     if not path.exists():
         return {"status": "absent"}
-    current = read_json(path)
+    try:
+        current = read_json(path)
+    except ValueError as error:
+        return {"status": "unreadable", "error": f"status.json: {error}"}
     if current["status"] == "running" and current["host"] == _host_hash() and not _is_alive(current):
         current["status"] = "interrupted"
     return current
@@ -283,7 +341,7 @@ def find(system: str, notebook: str | None = None, *, run: str | os.PathLike = "
         models_root: see `kerasmed.paths.models_root`.
 
     Returns:
-        The run folder, complete.
+        The run folder, complete. "auto" prefers runs on real data to runs on synthetic data.
 
     Raises:
         FileNotFoundError: there is none, with the command that makes one.
@@ -306,7 +364,7 @@ def find(system: str, notebook: str | None = None, *, run: str | os.PathLike = "
     ]
     if not complete:
         raise FileNotFoundError(f"no complete run of {notebook or system} under {home}; make one with {command}.")
-    return max(complete, key=lambda path: status(path)["finished"])
+    return max(complete, key=lambda path: (status(path)["data_source"] == "real", status(path)["finished"]))
 
 
 def collect(models_root=None) -> pd.DataFrame:

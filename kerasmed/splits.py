@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
+_NUM_DEALS = 100
+
 
 def assign(
     manifest: pd.DataFrame, class_names, *, test_share: float = 0.15, valid_share: float = 0.15, seed: int = 0
@@ -11,8 +13,8 @@ def assign(
     """Split rows anew into train, valid and test by `group_id`, with each class's share kept.
 
     The groups are dealt into twenty stratified folds, and whole folds make up the splits, so shares are met to about
-    one twentieth of the images, or one group where groups are large. A class of fewer groups than splits is absent
-    from some; `groups_per_split` shows it.
+    one twentieth of the images, or one group where groups are large. A class of one group is in train only, one of two
+    in train and test; `groups_per_split` shows it.
 
     Args:
         manifest: rows with `group_id` and exclusive label columns.
@@ -40,8 +42,17 @@ def assign(
             f"{manifest['group_id'].nunique()} groups are too few for shares of test {test_share} and valid "
             f"{valid_share}; lower them or add data."
         )
-    split = np.where(fold < num_test, "test", np.where(fold < num_test + num_valid, "valid", "train"))
-    return manifest.assign(split=split)
+    splits = np.array(["test"] * num_test + ["valid"] * num_valid + ["train"] * (num_folds - num_test - num_valid))
+    present = np.zeros((num_folds, len(class_names)), bool)
+    np.logical_or.at(present, fold, manifest[list(class_names)].to_numpy() == 1)
+    # Where a class has few groups, chance may leave none to train on: the first of some deals of the folds that gives
+    # most classes to train, then to test, then to valid is taken.
+    rng = np.random.default_rng(seed)
+    deals = [splits] + [rng.permutation(splits) for _ in range(_NUM_DEALS)]
+    best = max(
+        deals, key=lambda deal: [present[deal == split].any(axis=0).sum() for split in ("train", "test", "valid")]
+    )
+    return manifest.assign(split=best[fold])
 
 
 def folds(manifest: pd.DataFrame, class_names, *, num_folds: int = 5, seed: int = 0) -> np.ndarray:

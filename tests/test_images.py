@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -46,6 +48,31 @@ def test_read_16_bit_png_scales_by_its_range(tmp_path, ramp, low, high):
     assert (got.min(), got.max()) == (0, 255)
     # truncation to uint16 moves a value by at most one step of the range
     np.testing.assert_allclose(got, ramp, atol=1 + 255 / (high - low))
+
+
+@pytest.mark.parametrize("channels", ["RGB", "RGBA", "LA"])
+def test_read_12_bits_in_16_bit_color_and_alpha_scale_by_the_range_of_color(tmp_path, ramp, channels):
+    deep, opaque = ramp.astype(np.uint16) * 16, np.full(ramp.shape, 65535, np.uint16)
+    if channels == "LA":
+        # 16-bit grey with alpha, which neither library writes: rows of filter 0 in one chunk.
+        rows = np.dstack([deep, opaque]).astype(">u2")
+        raw = b"".join(b"\x00" + row.tobytes() for row in rows)
+        header = struct.pack(">IIBBBBB", ramp.shape[1], ramp.shape[0], 16, 4, 0, 0, 0)
+        chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+        body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+        (tmp_path / "d.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    else:
+        _png(tmp_path / "d.png", np.dstack([deep] * 3 + ([opaque] if channels == "RGBA" else [])))
+    got = images.read(tmp_path / "d.png")
+    assert (got.min(), got.max()) == (0, 255)
+    # 255 · 16 is stretched to 255 exactly, and luma rounds
+    np.testing.assert_allclose(got, ramp, atol=1)
+
+
+def test_read_bytes_after_a_whole_image_do_no_harm(tmp_path, ramp):
+    path = _png(tmp_path / "a.png", ramp)
+    path.write_bytes(path.read_bytes() + b"x" * 200)
+    np.testing.assert_array_equal(images.read(path), ramp)
 
 
 def test_read_constant_16_bit_png_is_black(tmp_path):

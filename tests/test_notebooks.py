@@ -1,5 +1,8 @@
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
@@ -125,16 +128,23 @@ def test_parse_value_takes_literals_and_runs_nothing(text, value):
 
 def test_run_leaves_a_complete_folder_and_does_not_repeat_it(project):
     notebook, parameters = project(GOOD)
-    folder = notebooks.run(notebook, parameters)
-    assert runs.status(folder)["status"] == "complete" and folder.name.startswith("10_tiny-smoke-")
+    folder, executed = notebooks.run(notebook, parameters)
+    assert executed and runs.status(folder)["status"] == "complete" and folder.name.startswith("10_tiny-smoke-")
     assert runs.read_json(folder / "metrics.json")["headline"][0]["value"] == 0.2
     executed = runs.read_json(folder / "notebook.ipynb")
     assert executed["cells"][-1]["execution_count"]
     written = (folder / "notebook.ipynb").stat().st_mtime_ns
-    assert notebooks.run(notebook, parameters) == folder and (folder / "notebook.ipynb").stat().st_mtime_ns == written
+    assert (
+        notebooks.run(notebook, parameters) == (folder, False)
+        and (folder / "notebook.ipynb").stat().st_mtime_ns == written
+    )
     (folder / "leftover").write_text("")
-    assert notebooks.run(notebook, parameters, force=True) == folder and not (folder / "leftover").exists()
-    other = notebooks.run(notebook, parameters | {"epochs": 3})
+    assert notebooks.run(notebook, parameters, force=True) == (folder, True) and not (folder / "leftover").exists()
+    other, _ = notebooks.run(notebook, parameters | {"epochs": 3})
+    (other / ".notebook.99.tmp.ipynb").write_text("half")
+    runs.set_status(other, "failed")
+    assert notebooks.run(notebook, parameters | {"epochs": 3}) == (other, True)
+    assert not [path.name for path in other.iterdir() if path.name.startswith(".")]
     assert other != folder and {run.name for run in folder.parent.iterdir()} == {folder.name, other.name}
 
 
@@ -166,9 +176,37 @@ def test_run_failure_is_an_error_and_keeps_the_notebook(project, body, timeout, 
 def test_run_string_parameter_stays_a_string(project):
     notebook, parameters = project(GOOD)
     evil = '"; import pathlib; pathlib.Path("proof").touch() #'
-    folder = notebooks.run(notebook, parameters | {"tasks": [evil]})
+    folder, _ = notebooks.run(notebook, parameters | {"tasks": [evil]})
     assert runs.read_json(folder / "params.json")["tasks"] == [evil]
     assert not (paths.project_root() / "proof").exists()
+
+
+def test_run_two_at_once_do_not_disturb_each_other(project):
+    notebook, parameters = project("import time; time.sleep(2)" + GOOD)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda epochs: notebooks.run(notebook, parameters | {"epochs": epochs}), (3, 4)))
+    assert len({folder for folder, _ in found}) == 2
+    assert all(runs.status(folder)["status"] == "complete" for folder, _ in found)
+    assert not list(paths.project_root().glob("kernel-*"))
+
+
+def test_run_under_way_elsewhere_is_left_alone(project):
+    notebook, parameters = project("import time; time.sleep(8)" + GOOD)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(notebooks.run, notebook, parameters)
+        while not list(paths.models_root().rglob("status.json")):
+            time.sleep(0.05)
+        with pytest.raises(RuntimeError, match=r"written by process \d+ of this machine"):
+            notebooks.run(notebook, parameters)
+        assert first.result()[1]
+
+
+def test_run_relative_roots_are_those_of_the_caller(project, monkeypatch):
+    notebook, parameters = project(GOOD.replace("environment={}", "environment={}, models_root=models_root"))
+    (paths.project_root() / "sub").mkdir()
+    monkeypatch.chdir(paths.project_root() / "sub")
+    folder, _ = notebooks.run(notebook, parameters | {"models_root": "mine"})
+    assert folder.is_relative_to(Path.cwd() / "mine")
 
 
 # --- the notebooks that are shipped ----------------------------------------------------------------------------------

@@ -1,4 +1,9 @@
 import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
 
 import cv2
 import numpy as np
@@ -96,7 +101,7 @@ def test_decode_sets_bad_files_aside_and_reads_odd_ones(tree, rng):
     assert (
         "truncated" in reasons["cut.jpg"] and "empty" in reasons["zero.jpg"] and "not an image" in reasons["text.jpg"]
     )
-    assert reasons["gone.png"] == "FileNotFoundError: No such file or directory"
+    assert reasons["gone.png"] == "absent"
     kept = store.manifest["image_path"].tolist()
     assert kept == [*manifest["image_path"], "deep.png", "rgba.png", "cmyk.jpg"]
     for name in ("deep.png", "rgba.png", "cmyk.jpg"):
@@ -122,13 +127,57 @@ def test_decode_all_files_bad_stops_with_reasons(tree):
 def test_decode_store_finished_meanwhile_by_another_process_is_taken(tree, monkeypatch):
     join = pipelines._join
 
-    def other_is_quicker(target, *arguments):
-        join(target, *arguments).rename(target)
+    def other_is_quicker(joined, *arguments):
+        join(joined, *arguments)
+        shutil.copytree(joined, joined.with_name(joined.name.split(".")[1]))
         raise FileNotFoundError("the other process has removed the shards")
 
     monkeypatch.setattr(pipelines, "_join", other_is_quicker)
     assert len(_decode(tree).images) == 20
     assert [path.name for path in paths.cache_root().iterdir()] == [_decode(tree).folder.name]
+
+
+def test_decode_file_that_the_system_refused_is_tried_again(tree, monkeypatch):
+    read = images.read
+
+    def refuses_one(path, **options):
+        if path.name == "i 3.png":
+            raise PermissionError(13, "Permission denied")
+        return read(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "read", refuses_one)
+        store = _decode(tree)
+    assert store.quarantine["reason"].tolist() == ["system refused: PermissionError: Permission denied"]
+    assert len(store.images) == 19 and len(_decode(tree).images) == 20
+
+
+@pytest.mark.slow
+def test_decode_killed_goes_on_with_the_missing_shards(tmp_path, rng):
+    (tmp_path / "data").mkdir()
+    noise = rng.integers(0, 256, (1500, 1500), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "data/0000.jpg"), noise)
+    for number in range(1, 1024):
+        os.link(tmp_path / "data/0000.jpg", tmp_path / f"data/{number:04d}.jpg")
+    script = (
+        "import pandas as pd; from kerasmed import pipelines; "
+        "paths = pd.DataFrame({'image_path': [f'{number:04d}.jpg' for number in range(1024)]}); "
+        f"store = pipelines.decode(paths, {str(tmp_path / 'data')!r}, image_size=(32, 32), jobs=1); "
+        "print(len(store.images), int(store.images.std(axis=0).max()))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(paths.cache_root().glob("*.building/0*.npz")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9
+    finished = {path: path.stat().st_mtime_ns for path in paths.cache_root().glob("*.building/0*.npz")}
+    assert 0 < len(finished) < 4
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    share = 100 * len(finished) // 4
+    assert f"{share}%" in said and said.splitlines()[-1] == "1024 0"
+    assert [path.suffix for path in paths.cache_root().iterdir()] == [""]
 
 
 def test_decode_stream_equals_the_store(tree):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -103,6 +104,40 @@ def test_finish_refuses_numbers_that_cannot_be_trusted(headline, rows, message):
     assert runs.status(run)["status"] == "running" and not (run / "metrics.json").exists()
 
 
+def test_start_refuses_a_run_that_another_process_writes():
+    run = _start()
+    _start()  # this very process may
+    state = runs.read_json(run / "status.json")
+    runs.write_json(run / "status.json", state | {"pid": 1, "started": "2100-01-01T00:00:00+00:00"})
+    with pytest.raises(RuntimeError, match="written by process 1 of this machine since 2100.*wait for it, or stop it"):
+        _start()
+    runs.refuse_running(run, but_for=(1,))
+    runs.write_json(run / "status.json", state | {"host": "elsewhere"})
+    with pytest.raises(RuntimeError, match="a process of another machine.*use --force if it is dead"):
+        runs.refuse_running(run)
+    runs.refuse_running(run, force=True)
+
+
+def test_status_of_a_damaged_file_is_unreadable():
+    run = _start()
+    (run / "status.json").write_text("{")
+    assert runs.status(run)["status"] == "unreadable"
+    assert runs.collect()["error"][0].startswith("status.json:")
+
+
+def test_whole_folder_appears_when_whole_and_yields_to_another(tmp_path):
+    (tmp_path / ".a.4194305.tmp").mkdir()  # left by a process that is gone
+    with pytest.raises(ValueError, match="stop"), runs.whole_folder(tmp_path / "a") as folder:
+        (folder / "x").touch()
+        raise ValueError("stop")
+    assert list(tmp_path.iterdir()) == []
+    with runs.whole_folder(tmp_path / "a") as folder:
+        (folder / "x").touch()
+        shutil.copytree(folder, tmp_path / "a")
+        (tmp_path / "a/theirs").touch()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["theirs", "x"]
+
+
 def test_status_of_a_dead_process_is_interrupted():
     run = _start()
     runs.write_json(run / "status.json", runs.read_json(run / "status.json") | {"pid": 2**22 + 1})
@@ -118,12 +153,14 @@ def test_status_of_a_process_that_took_over_the_number_is_interrupted():
 def test_find_takes_the_newest_complete_and_says_what_to_do_without():
     with pytest.raises(FileNotFoundError, match="make one with `kerasmed run 07_brain_mri`"):
         runs.find("brain", "07_brain_mri")
-    old, new = _start(fingerprint="1"), _start(fingerprint="2")
+    old, new = _start(fingerprint="1", data_source="real"), _start(fingerprint="2", data_source="real")
     for run, when in ((old, "2026-01-01"), (new, "2026-01-02")):
         runs.finish(run, headline=[_row()], rows=[_row()])
         runs.write_json(run / "status.json", runs.read_json(run / "status.json") | {"finished": when})
+    drawn = _start(fingerprint="4", data_source="synthetic")
+    runs.finish(drawn, headline=[_row()], rows=[_row()])
     unfinished = _start(fingerprint="3")
-    assert runs.find("brain") == new
+    assert runs.find("brain") == new  # real data before newer synthetic
     assert runs.find("brain", run=old.name) == old
     assert runs.find("brain", run=old) == old
     with pytest.raises(FileNotFoundError, match="is running, not complete"):

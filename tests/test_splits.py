@@ -37,11 +37,14 @@ def test_assign_same_seed_same_split_other_seed_another():
     assert one != other
 
 
-def test_assign_class_of_two_groups_is_kept_whole():
-    frame = splits.assign(_manifest((30, 30, 2)), CLASSES)
-    counts = splits.groups_per_split(frame, CLASSES)
-    assert sum(counts.loc["c", (split, "groups")] for split in ("train", "valid", "test")) == 2
-    assert counts.loc["c"].xs("images", level=1).sum() == 10
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("num_groups", "expected"), [(1, [1, 0, 0]), (2, [1, 0, 1]), (3, [1, 1, 1])])
+def test_assign_class_of_few_groups_goes_to_train_then_test(num_groups, expected, seed):
+    frame = splits.assign(_manifest((40, 40, num_groups)), CLASSES, seed=seed)
+    counts = splits.groups_per_split(frame, CLASSES).loc["c"]
+    assert [counts[split, "groups"] for split in ("train", "valid", "test")] == expected
+    assert sum(counts[split, "images"] for split in ("train", "valid", "test")) == 5 * num_groups
+    audit.gate(frame)
 
 
 @pytest.mark.parametrize(

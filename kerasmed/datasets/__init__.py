@@ -59,12 +59,18 @@ def locate(system: str, parameters: Mapping, *, data_root=None) -> Source:
 
     Raises:
         FileNotFoundError: real data are asked for and absent; says where they were looked for and how to get them.
-        ValueError: unknown system or data source, or synthetic data where real data are asked for.
+        ValueError: unknown system or data source, synthetic data where real data are asked for, or a data root beside
+            `data_source` "synthetic".
     """
     module = reader(system)
     data_source = parameters["data_source"]
     if data_source not in DATA_SOURCES:
         raise ValueError(f"`data_source` is {data_source!r}; expected one of {', '.join(DATA_SOURCES)}.")
+    if data_source == "synthetic" and data_root:
+        raise ValueError(
+            f"a data root is named ({data_root}), but `data_source` is 'synthetic', which would ignore it; "
+            "add -p data_source=real, or leave the data root out."
+        )
     root = paths.data_root(data_root)
     folder = None if data_source == "synthetic" else module.folder(root)
     if folder and data_source == "real" and kind(folder) == "synthetic":
@@ -143,6 +149,13 @@ def check(system: str, root, *, jobs: int = -1) -> tuple[pd.DataFrame, pd.DataFr
             for path, reason in zip(frame["image_path"], reasons)
             if reason
         ]
+        listed = {*frame["image_path"], f"{system}/{part}/patients.csv"}
+        present = [Path(entry.path).relative_to(root).as_posix() for entry in files(module.folder(root) / part)]
+        problems += [
+            {"part": part, "file": path, "problem": "left out: no image by its suffix, or not in a class folder"}
+            for path in present
+            if path not in listed
+        ]
     table = pd.concat(counts)[["part", "split", "class", "images"]] if counts else pd.DataFrame()
     return table, pd.DataFrame(problems, columns=["part", "file", "problem"])
 
@@ -220,6 +233,10 @@ def fingerprint(system: str, source: Source) -> str:
     """
     digest = hashlib.sha256(source.kind.encode())
     for entry in files(reader(system).folder(source.root)):
-        state = entry.stat()
-        digest.update(f"{os.path.relpath(entry.path, source.root)}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+        path = os.path.relpath(entry.path, source.root)
+        try:
+            state = entry.stat()
+            digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+        except OSError:  # a link to nothing: decoding names it
+            digest.update(f"{path}\0unreadable\n".encode())
     return digest.hexdigest()[:16]

@@ -67,7 +67,7 @@ def read(root, task: str) -> pd.DataFrame:
     for split in PUBLISHED_SPLITS:
         if not (home / split).is_dir():
             continue
-        for class_folder in sorted(path for path in (home / split).iterdir() if not path.name.startswith(".")):
+        for class_folder in sorted(path for path in (home / split).iterdir() if path.is_dir() and path.name[0] != "."):
             if class_folder.name not in class_names:
                 raise ValueError(
                     f"{split}/{class_folder.name} in {home} is no class of {task}; rename it to one of "
@@ -76,7 +76,7 @@ def read(root, task: str) -> pd.DataFrame:
             for path in sorted(class_folder.iterdir()):
                 if path.name.startswith("."):
                     continue
-                if path.suffix.lower() not in images.SUFFIXES:
+                if path.suffix.lower() not in images.SUFFIXES or path.is_dir():
                     ignored.append(path.relative_to(root).as_posix())
                     continue
                 records.append((path.relative_to(root).as_posix(), split, class_folder.name))
@@ -85,7 +85,7 @@ def read(root, task: str) -> pd.DataFrame:
             f"no images of {task} under {home}; expected {LAYOUT}. Without them leave it out of `tasks`."
         )
     if ignored:
-        logger.warning("%d files are no images by their suffix and were left out: %s", len(ignored), ignored[:5])
+        logger.warning("%d entries are no images by their suffix and were left out: %s", len(ignored), ignored[:5])
     frame = pd.DataFrame(records, columns=["image_path", "split", "label"])
     empty = [name for name in class_names if name not in set(frame["label"])]
     if empty:
@@ -103,18 +103,23 @@ def read(root, task: str) -> pd.DataFrame:
 
 def _patients(path: Path, image_paths: pd.Series) -> pd.Series:
     """Look up each image's patient; paths in the file are relative to the file's folder."""
-    table = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
+    table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False)
     missing_columns = {"image_path", "patient_id"} - set(table.columns)
     if missing_columns:
         raise ValueError(f"{path} lacks the columns {sorted(missing_columns)}; it has {list(table.columns)}.")
-    conflicting = table.drop_duplicates()["image_path"].duplicated()
-    if conflicting.any():
-        raise ValueError(f"{path} names {int(conflicting.sum())} images twice with different patients.")
+    table = table[["image_path", "patient_id"]].drop_duplicates()
+    twice = table["image_path"].duplicated()
+    if twice.any():
+        raise ValueError(
+            f"{path} gives {int(twice.sum())} images two patients; keep one. "
+            f"First: {table.loc[twice, 'image_path'].head(3).tolist()}."
+        )
     prefix = "/".join(Path(image_paths.iloc[0]).parts[:2])
     patient = image_paths.map({f"{prefix}/{row.image_path}": row.patient_id for row in table.itertuples()})
-    if patient.isna().any():
+    unknown = patient.isna() | (patient == "")
+    if unknown.any():
         raise ValueError(
-            f"{path} lacks {int(patient.isna().sum())} of {len(patient)} images; add them or remove the file. "
-            f"First: {image_paths[patient.isna()].head(3).tolist()}."
+            f"{path} gives no patient for {int(unknown.sum())} of {len(patient)} images; add them or remove the file. "
+            f"First: {image_paths[unknown].head(3).tolist()}."
         )
     return patient

@@ -8,7 +8,7 @@ slices of patients, or copies of images, that are in training.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import keras
@@ -38,6 +38,9 @@ class Config:
     synthetic_seed: int
     tasks: Sequence[str]
     image_size: Sequence[int]
+    fit: str
+    interpolation: str
+    equalize: bool
     max_quarantined_share: float
     similarity: float
     test_share: float
@@ -56,6 +59,41 @@ class Config:
     deterministic: bool
     bootstraps: int
 
+    def __post_init__(self):
+        _refuse(
+            "tasks", self.tasks, set(self.tasks) <= set(data.TASKS) and self.tasks, f"some of {', '.join(data.TASKS)}"
+        )
+        size = len(self.image_size) == 2 and all(isinstance(side, int) and side >= 16 for side in self.image_size)
+        _refuse("image_size", self.image_size, size, "[height, width], each at least 16")
+        images.check_options(fit=self.fit, interpolation=self.interpolation)
+        augment.build(self.augmentation, tuple(self.image_size))
+        for name in (
+            "synthetic_patients_per_class",
+            "synthetic_slices_per_patient",
+            "batch_size",
+            "epochs",
+            "bootstraps",
+        ):
+            _refuse(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("similarity", "test_share", "valid_share", "learning_rate"):
+            _refuse(name, getattr(self, name), 0 < getattr(self, name) < 1, "a number between 0 and 1")
+        _refuse("test_share", self.test_share, self.test_share + self.valid_share < 1, "with `valid_share` below 1")
+        _refuse("dropout", self.dropout, 0 <= self.dropout < 1, "at least 0 and below 1")
+        _refuse(
+            "schedule", self.schedule, self.schedule in training.SCHEDULES, f"one of {', '.join(training.SCHEDULES)}"
+        )
+
+
+def _refuse(name, value, fits, expected):
+    if not fits:
+        raise ValueError(f"parameter `{name}` is {value!r}; expected {expected}.")
+
+
+def decode_options(parameters: Mapping) -> dict:
+    """Pick out of a run's parameters what `pipelines.decode` and `decode_stream` do with a file."""
+    options = {name: parameters[name] for name in ("fit", "interpolation", "equalize")}
+    return {"image_size": tuple(parameters["image_size"]), "read_options": options}
+
 
 def parameter_names() -> list[str]:
     """Return the notebook parameters that a configuration is made of: all but the two roots."""
@@ -69,13 +107,19 @@ def read(config: Config, source: datasets.Source, task: str) -> pipelines.Store:
 
     Returns:
         `pipelines.Store` whose manifest has `group_id`.
+
+    Raises:
+        ValueError: a class has no readable image.
     """
     store = pipelines.decode(
         data.read(source.root, task),
         source.root,
-        image_size=tuple(config.image_size),
+        **decode_options(asdict(config)),
         max_quarantined_share=config.max_quarantined_share,
     )
+    unread = [name for name in CLASS_NAMES[task] if not store.manifest[name].any()]
+    if unread:
+        raise ValueError(f"{task} has no readable image of {', '.join(unread)}; see {store.folder / 'quarantine.csv'}.")
     manifest = store.manifest
     if manifest["group_id"].isna().all():
         found = audit.similarity_groups(store.thumbnails, threshold=config.similarity)
@@ -199,36 +243,40 @@ def evaluate(config: Config, predictions: pd.DataFrame, store: pipelines.Store, 
         Rows of `kerasmed.metrics.multiclass_rows`.
     """
     names = CLASS_NAMES[task]
-    train = rows(store, "train")
     test, truth, predicted = scored(predictions, store, task)
     ids = class_ids(store.manifest, names)
-    neighbour, _ = audit.nearest(store.thumbnails[test], store.thumbnails[train])
-    probabilities = {
-        predictions["variant"].iloc[0]: predicted,
-        metrics.MAJORITY: metrics.majority_probabilities(ids[train], len(test), len(names)),
-        metrics.NEAREST_NEIGHBOUR: np.eye(len(names))[ids[train][neighbour]],
-    }
-    groups = store.manifest["group_id"].to_numpy()[test]
-    options = {"task": task, "num_draws": config.bootstraps, "seed": config.seed}
-    table = metrics.multiclass_rows(truth, probabilities, groups, names, **options)
-    kept = [
-        position
-        for position, name in enumerate(names)
-        if store.manifest.loc[ids == position, "group_id"].nunique() >= MIN_GROUPS
-    ]
-    if 1 < len(kept) < len(names):
-        among = np.isin(truth, kept)
-        reduced = {name: values[among][:, kept] for name, values in probabilities.items()}
-        part = metrics.multiclass_rows(
-            np.searchsorted(kept, truth[among]),
-            reduced,
-            groups[among],
-            [names[position] for position in kept],
-            prefix=f"{len(kept)} classes: ",
-            **options,
+    num_groups = [store.manifest.loc[ids == number, "group_id"].nunique() for number in range(len(names))]
+    kept = np.flatnonzero(np.array(num_groups) >= MIN_GROUPS)
+    table = []
+    for classes in [np.arange(len(names))] + ([kept] if 1 < len(kept) < len(names) else []):
+        among = np.isin(truth, classes)
+        probabilities = {
+            predictions["variant"].iloc[0]: predicted[among][:, classes],
+            **_baselines(store, ids, test[among], classes),
+        }
+        table += metrics.multiclass_rows(
+            np.searchsorted(classes, truth[among]),
+            probabilities,
+            store.manifest["group_id"].to_numpy()[test[among]],
+            [names[number] for number in classes],
+            task=task,
+            prefix="" if len(classes) == len(names) else f"{len(classes)} classes: ",
+            num_draws=config.bootstraps,
+            seed=config.seed,
         )
-        table += [row for row in part if row["label"].endswith(": all")]
     return table
+
+
+def _baselines(store, ids, queries, classes) -> dict[str, np.ndarray]:
+    """Answers of majority and nearest neighbour to some images, learnt from the training images of some classes."""
+    train = rows(store, "train")
+    train = train[np.isin(ids[train], classes)]
+    known = np.searchsorted(classes, ids[train])
+    neighbour, _ = audit.nearest(store.thumbnails[queries], store.thumbnails[train])
+    return {
+        metrics.MAJORITY: metrics.majority_probabilities(known, len(queries), len(classes)),
+        metrics.NEAREST_NEIGHBOUR: np.eye(len(classes))[known[neighbour]],
+    }
 
 
 def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
@@ -262,7 +310,7 @@ def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
     with tqdm(
         total=len(names), unit="image", desc="predict", disable=not progress, mininterval=1, ascii=True, ncols=80
     ) as bar:
-        for pixels, reasons in pipelines.decode_stream(root, names, image_size=tuple(params["image_size"])):
+        for pixels, reasons in pipelines.decode_stream(root, names, **decode_options(params)):
             readable = reasons == ""
             table = pd.DataFrame({"error": reasons})
             for task, model in loaded.items():

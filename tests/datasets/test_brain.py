@@ -25,7 +25,7 @@ def test_read_leaves_junk_out_and_says_so(brain_root, caplog):
     for name in (".DS_Store", "._x.jpg", "notes.txt"):
         (folder / name).write_bytes(b"x")
     assert len(brain.read(brain_root, "alzheimer")) == 48
-    assert "1 files are no images" in caplog.text and "notes.txt" in caplog.text
+    assert "1 entries are no images" in caplog.text and "notes.txt" in caplog.text
 
 
 def test_read_patients_csv_gives_groups(brain_root):
@@ -36,7 +36,14 @@ def test_read_patients_csv_gives_groups(brain_root):
     frame = brain.read(brain_root, "alzheimer")
     assert frame["patient_id"].nunique() == 12 and (frame["group_id"] == frame["patient_id"]).all()
     (home / "patients.csv").write_text("image_path,patient_id\n" + "\n".join(lines[1:]))
-    with pytest.raises(ValueError, match="lacks 1 of 48 images"):
+    with pytest.raises(ValueError, match="gives no patient for 1 of 48 images"):
+        brain.read(brain_root, "alzheimer")
+    (home / "patients.csv").write_text(
+        "image_path,patient_id,note\n" + "\n".join(f"{line},x\n{line},y" for line in lines)
+    )
+    assert brain.read(brain_root, "alzheimer")["patient_id"].nunique() == 12
+    (home / "patients.csv").write_text("image_path,patient_id\n" + "\n".join([*lines, f"{relative[0]},P99"]))
+    with pytest.raises(ValueError, match="gives 1 images two patients"):
         brain.read(brain_root, "alzheimer")
     (home / "patients.csv").write_text("file,patient\n")
     with pytest.raises(ValueError, match=r"lacks the columns \['image_path', 'patient_id'\]"):

@@ -39,6 +39,11 @@ def test_locate_synthetic_set_never_passes_for_real(tmp_path):
         datasets.locate("brain", {"data_source": "real"}, data_root=root)
 
 
+def test_locate_data_root_beside_synthetic_is_refused(brain_root):
+    with pytest.raises(ValueError, match="would ignore it; add -p data_source=real"):
+        datasets.locate("brain", {"data_source": "synthetic", **TINY}, data_root=brain_root)
+
+
 def test_locate_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'brian' is unknown; known are brain"):
         datasets.locate("brian", {"data_source": "auto"})
@@ -55,6 +60,7 @@ def test_fingerprint_sees_every_change_and_no_junk(brain_root):
     os.utime(path, (1, 1))
     second = datasets.fingerprint("brain", source)
     path.rename(path.with_name("renamed.jpg"))
+    path.symlink_to("nowhere")
     assert len({first, second, datasets.fingerprint("brain", source)}) == 3
 
 
@@ -66,6 +72,13 @@ def test_check_counts_and_names_what_is_wrong(brain_root):
     _, problems = datasets.check("brain", brain_root)
     assert problems["part"].tolist() == ["alzheimer", "brain_tumor"]
     assert "empty file" in problems["problem"][0] and "is no class of brain_tumor" in problems["problem"][1]
+    (brain_root / "brain/brain_tumor/train/Unknown").rmdir()
+    (brain_root / "brain/brain_tumor/train/Thumbs.db").write_bytes(b"x")
+    (brain_root / "brain/brain_tumor/train/no_tumor/more").mkdir()
+    (brain_root / "brain/brain_tumor/train/no_tumor/more/a.jpg").write_bytes(b"x")
+    _, problems = datasets.check("brain", brain_root)
+    left_out = problems[problems["problem"].str.startswith("left out")]["file"].tolist()
+    assert left_out == ["brain/brain_tumor/train/Thumbs.db", "brain/brain_tumor/train/no_tumor/more/a.jpg"]
     assert datasets.check("brain", brain_root / "nowhere")[1]["problem"][0].startswith("no data")
 
 

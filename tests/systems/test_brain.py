@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import cv2
+import keras
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from kerasmed import datasets, environment, notebooks, runs
+from kerasmed import audit, datasets, environment, notebooks, runs
+from kerasmed.manifest import class_ids
 from kerasmed.systems import brain
 
 QUICK = {
@@ -47,6 +50,34 @@ def test_read_uses_patients_where_given(brain_root):
     (home / "patients.csv").write_text("image_path,patient_id\n" + "\n".join(lines))
     store = brain.read(_config(), datasets.Source(brain_root, "real"), "alzheimer")
     assert sorted(store.manifest["group_id"].unique()) == [f"P{number}" for number in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("tasks", [], "some of alzheimer, brain_tumor"),
+        ("tasks", ["stroke"], "some of alzheimer, brain_tumor"),
+        ("image_size", [96], "each at least 16"),
+        ("image_size", [0, 96], "each at least 16"),
+        ("batch_size", 0, "at least 1"),
+        ("bootstraps", 0, "at least 1"),
+        ("test_share", 0.0, "between 0 and 1"),
+        ("test_share", 0.9, "below 1"),
+        ("schedule", "warm", "one of cosine"),
+        ("augmentation", ["spin"], "known are flip"),
+        ("fit", "squeeze", "expected one of"),
+    ],
+)
+def test_config_refuses_values_before_any_work(name, value, expected):
+    with pytest.raises(ValueError, match=expected):
+        _config(**{name: value})
+
+
+def test_read_class_without_readable_images_is_refused(brain_root):
+    for path in (brain_root / "brain/alzheimer/train/MildDemented").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="alzheimer has no readable image of MildDemented"):
+        brain.read(_config(max_quarantined_share=0.9), datasets.Source(brain_root, "real"), "alzheimer")
 
 
 def test_samples_spread_over_each_class_in_class_order(brain_root):
@@ -122,6 +153,27 @@ def test_fit_on_synthetic_data_reaches_the_known_ceiling_and_no_more(tmp_path, t
     assert right.mean() <= ceiling + 3 * np.sqrt(ceiling * (1 - ceiling) / len(right)), (
         "better than the label noise allows: a leak"
     )
+
+
+@pytest.mark.parametrize("task", list(brain.CLASS_NAMES))
+def test_ceiling_shows_a_split_that_cuts_patients(task):
+    # The leak alarm itself: with patients cut, even a nearest neighbour scores above what label noise allows.
+    # Eight slices a patient, so that nearly every image has a sibling in training; 160 patients bound the error.
+    size = {"synthetic_patients_per_class": 40, "synthetic_slices_per_patient": 8}
+    config = _config(data_source="synthetic", test_share=0.3, **size)
+    store = brain.read(config, datasets.locate("brain", asdict(config)), task)
+    cut = store._replace(manifest=store.manifest.assign(group_id=[str(row) for row in range(len(store.manifest))]))
+    ceiling, scores = 0.9, {}
+    for name, each in (("whole", store), ("cut", cut)):
+        each = brain.split(config, each, task)
+        patients = store.manifest["group_id"][brain.rows(each, "test")]
+        ids = class_ids(each.manifest, brain.CLASS_NAMES[task])
+        test, train = brain.rows(each, "test"), brain.rows(each, "train")
+        neighbour, _ = audit.nearest(each.thumbnails[test], each.thumbnails[train])
+        error = np.sqrt(ceiling * (1 - ceiling) / patients.nunique())
+        scores[name] = (ids[train][neighbour] == ids[test]).mean(), ceiling + 3 * error
+    assert scores["whole"][0] < 0.45
+    assert scores["cut"][0] > scores["cut"][1]
 
 
 def _run(brain_root, tmp_path, *extra, wait=True):
@@ -232,5 +284,8 @@ def test_run_killed_while_training_ends_with_the_undisturbed_weights(brain_root,
     assert "resuming" in output
     resumed = status.parent
     assert resumed.name == whole.name and runs.status(resumed)["status"] == "complete"
+    models = [keras.saving.load_model(run / "model-brain_tumor.keras") for run in (whole, resumed)]
+    for one, other in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_array_equal(one, other)
     one, other = (pd.read_csv(run / "predictions.csv") for run in (whole, resumed))
     pd.testing.assert_frame_equal(one, other, check_exact=True)

@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 
+from kerasmed import runs
 from kerasmed.datasets.brain import CLASS_NAMES
 
 # The class order of CLASS_NAMES; None: the class has no sign.
@@ -84,17 +84,15 @@ def write(
         _refuse_other(target, description)
         return root
 
-    writing = root / f".brain.{os.getpid()}.writing"
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    rows = []
-    for task in CLASS_NAMES:
-        rows += _write_task(writing, task, flipped, parameters)
-    truth = pd.DataFrame(rows, columns=_TRUTH_COLUMNS).sort_values("image_path")
-    truth = truth.astype(dict.fromkeys(("x", "y", "width", "height"), "Int64"))
-    _write_text(writing / "truth.csv", truth.to_csv(index=False, lineterminator="\n"))
-    _write_text(writing / "synthetic.json", json.dumps(description, indent=2) + "\n")
-    writing.rename(target)
+    with runs.whole_folder(target) as writing:
+        rows = []
+        for task in CLASS_NAMES:
+            rows += _write_task(writing, task, flipped, parameters)
+        truth = pd.DataFrame(rows, columns=_TRUTH_COLUMNS).sort_values("image_path")
+        truth = truth.astype(dict.fromkeys(("x", "y", "width", "height"), "Int64"))
+        _write_text(writing / "truth.csv", truth.to_csv(index=False, lineterminator="\n"))
+        _write_text(writing / "synthetic.json", json.dumps(description, indent=2) + "\n")
+    _refuse_other(target, description)  # another process may have written there meanwhile
     return root
 
 

@@ -132,7 +132,8 @@ def _show(table, folder: Path):
             f"  {row['task']:<12} {row['label']:<16} {metric:<18} {row['value']:.3f} {interval}   "
             f"best baseline: {baseline} {row['baseline_value']:.3f}"
         )
-    click.echo(f"  notebook  {folder / 'notebook.ipynb'}\n  figures   {folder / 'figures'}")
+    near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    click.echo(f"  notebook  {near / 'notebook.ipynb'}\n  figures   {near / 'figures'}")
 
 
 @main.group()

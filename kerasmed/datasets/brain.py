@@ -23,7 +23,7 @@ CLASS_NAMES = {
 TASKS = tuple(CLASS_NAMES)
 PUBLISHED_SPLITS = ("train", "test")
 SOURCES = {
-    "alzheimer": ("https://www.kaggle.com/datasets/tourist55/alzheimers-dataset-4-class-of-images", "ODbL 1.0"),
+    "alzheimer": ("https://www.kaggle.com/datasets/tourist55/alzheimers-dataset-4-class-of-images", "see its page"),
     "brain_tumor": ("https://www.kaggle.com/datasets/sartajbhuvaji/brain-tumor-classification-mri", "MIT"),
 }
 LAYOUT = "brain/{alzheimer,brain_tumor}/{train,test}/<class>/*.jpg"

@@ -59,7 +59,7 @@ def describe(name: str) -> Notebook:
     """Read a notebook's title, system, budgets and parameters; refuse an unknown name with those near it.
 
     Raises:
-        ValueError: no such notebook.
+        ValueError: no such notebook, or one without the package's metadata.
     """
     from papermill import inspect_notebook
 
@@ -67,17 +67,15 @@ def describe(name: str) -> Notebook:
         raise ValueError(f"notebook {name!r} is unknown{_meant(name, names())}; known are {', '.join(names())}.")
     path = paths.notebooks_root() / f"{name}.ipynb"
     content = runs.read_json(path)
-    title = next(
-        line.lstrip("# ")
-        for cell in content["cells"]
-        for line in "".join(cell["source"]).splitlines()
-        if line.startswith("# ")
-    )
+    own = content["metadata"].get("kerasmed", {})
+    if not {"system", "budget_minutes"} <= set(own):
+        raise ValueError(f"{path} lacks `kerasmed: {{system, budget_minutes}}` in its metadata; add it.")
+    lines = [line for cell in content["cells"] for line in "".join(cell["source"]).splitlines()]
+    title = next((line.removeprefix("# ") for line in lines if line.startswith("# ")), name)
     found = {
         key: Parameter(key, entry["inferred_type_name"], ast.literal_eval(entry["default"]), entry["help"])
         for key, entry in inspect_notebook(str(path)).items()
     }
-    own = content["metadata"]["kerasmed"]
     return Notebook(name, path, title, own["system"], own["budget_minutes"], found)
 
 

@@ -107,6 +107,14 @@ def test_resolve_unknown_profile_and_name_in_a_profile_are_refused(project):
         notebooks.describe("11_none")
 
 
+def test_describe_notebook_without_the_packages_metadata_is_refused(project):
+    project(GOOD)
+    path = paths.notebooks_root() / "10_tiny.ipynb"
+    path.write_text(path.read_text().replace('kerasmed": {', 'other": {'))
+    with pytest.raises(ValueError, match="in its metadata; add it"):
+        notebooks.describe("10_tiny")
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

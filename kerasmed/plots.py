@@ -30,7 +30,7 @@ def image_grid(
         axis.set_axis_off()
     for axis, image, caption in zip(axes.flat, images, captions):
         axis.imshow(image, cmap="gray", vmin=0, vmax=255)
-        axis.set_title(caption, fontsize=7)
+        axis.set_title(caption, fontsize=7 if max(map(len, caption.split("\n"))) < 20 else 5.5)
     for axis, label in zip(axes[:, 0], row_labels):
         axis.text(-0.08, 0.5, label, transform=axis.transAxes, rotation=90, ha="right", va="center", fontsize=8)
     figure.suptitle(title, fontsize=11)
@@ -49,7 +49,7 @@ def class_counts(counts: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
         for position, (name, total) in enumerate(zip(table.index, left)):
             num_groups = int(table.loc[name].xs("groups", level=1).sum())
             axis.text(total, position, f" {int(total)} in {num_groups} groups", va="center", fontsize=8)
-        axis.set(title=task, xlabel="images", xlim=(0, left.max() * 1.4))
+        axis.set(title=task, xlabel="images", xlim=(0, left.max() * 1.55))
         axis.invert_yaxis()
     figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.suptitle(title, fontsize=11)

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from kerasmed.datasets import brain
 
@@ -46,3 +47,18 @@ def brain_root(tmp_path, rng):
                     noisy = np.clip(head + rng.normal(0, 2, head.shape), 0, 255).astype(np.uint8)
                     cv2.imwrite(str(folder / f"{name[:2]} ({patient * 2 + piece}).jpg"), noisy)
     return root
+
+
+@pytest.fixture
+def write_odd_files():
+    """Function of a folder and a uint8 picture: three files that cannot be read, three of unusual pixels."""
+
+    def write(folder, picture):
+        (folder / "zero.jpg").write_bytes(b"")
+        (folder / "cut.jpg").write_bytes(cv2.imencode(".jpg", picture)[1].tobytes()[:-200])
+        (folder / "text.jpg").write_text("not pixels")
+        cv2.imwrite(str(folder / "deep.png"), picture.astype(np.uint16) * 16)  # 12 bits in 16
+        Image.fromarray(np.dstack([picture] * 3 + [np.full_like(picture, 255)])).save(folder / "rgba.png")
+        Image.fromarray(np.dstack([picture] * 3)).convert("CMYK").save(folder / "cmyk.jpg")
+
+    return write

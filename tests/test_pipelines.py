@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from kerasmed import augment, images, paths, pipelines
 
@@ -79,15 +78,10 @@ def test_decode_interrupted_goes_on_with_the_missing_shards(tree, monkeypatch):
     assert not list(paths.cache_root().glob("*.building"))
 
 
-def test_decode_sets_bad_files_aside_and_reads_odd_ones(tree, rng):
+def test_decode_sets_bad_files_aside_and_reads_odd_ones(tree, rng, write_odd_files):
     root, manifest = tree
     picture = rng.integers(0, 256, (40, 40), dtype=np.uint8)
-    (root / "zero.jpg").write_bytes(b"")
-    (root / "cut.jpg").write_bytes(cv2.imencode(".jpg", picture)[1].tobytes()[:-300])
-    (root / "text.jpg").write_text("not pixels")
-    cv2.imwrite(str(root / "deep.png"), picture.astype(np.uint16) * 16)
-    Image.fromarray(np.dstack([picture] * 3 + [np.full_like(picture, 255)])).save(root / "rgba.png")
-    Image.fromarray(np.dstack([picture] * 3)).convert("CMYK").save(root / "cmyk.jpg")
+    write_odd_files(root, picture)
     odd = ["zero.jpg", "deep.png", "cut.jpg", "rgba.png", "text.jpg", "cmyk.jpg", "gone.png"]
     store = pipelines.decode(
         pd.concat([manifest, pd.DataFrame({"image_path": odd})]),

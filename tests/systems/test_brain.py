@@ -11,7 +11,6 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from kerasmed import audit, datasets, environment, notebooks, runs
 from kerasmed.manifest import class_ids
@@ -201,15 +200,10 @@ def _run(brain_root, tmp_path, *extra, wait=True):
 
 
 @pytest.mark.slow
-def test_run_with_bad_files_then_predict_gives_the_same_probabilities(brain_root, tmp_path, rng):
+def test_run_with_bad_files_then_predict_gives_the_same_probabilities(brain_root, tmp_path, rng, write_odd_files):
     folder = brain_root / "brain/brain_tumor/train/no_tumor"
     picture = cv2.resize(rng.integers(0, 256, (6, 6), dtype=np.uint8), (60, 60), interpolation=cv2.INTER_CUBIC)
-    (folder / "zero.jpg").write_bytes(b"")
-    (folder / "cut.jpg").write_bytes(cv2.imencode(".jpg", picture)[1].tobytes()[:-200])
-    (folder / "text.jpg").write_text("not pixels")
-    cv2.imwrite(str(folder / "deep.png"), picture.astype(np.uint16) * 16)
-    Image.fromarray(np.dstack([picture] * 3 + [np.full_like(picture, 255)])).save(folder / "rgba.png")
-    Image.fromarray(np.dstack([picture] * 3)).convert("CMYK").save(folder / "cmyk.jpg")
+    write_odd_files(folder, picture)
     output = _run(brain_root, tmp_path)
     assert "brain_tumor: 51 images read, 3 set aside" in output
     run = runs.find("brain", "07_brain_mri")

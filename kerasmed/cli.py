@@ -125,12 +125,13 @@ def _show(table, folder: Path):
     """Print a run's headline beside its baselines, and where its files are."""
     click.echo()
     click.secho(f"{folder.name}: {table['status'].iloc[0]}, {table['data_source'].iloc[0]} data", bold=True)
-    for row in table.to_dict("records"):
-        interval = f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]" if row["ci_low"] is not None else "[undefined]"
+    numbers = dict.fromkeys(("ci_low", "ci_high", "difference", "difference_low", "difference_high"), float)
+    for row in table.astype(numbers).to_dict("records"):
         metric, baseline = (row[name].replace("_", " ") for name in ("metric", "baseline"))
         click.echo(
-            f"  {row['task']:<12} {row['label']:<16} {metric:<18} {row['value']:.3f} {interval}   "
-            f"best baseline: {baseline} {row['baseline_value']:.3f}"
+            f"  {row['task']:<11} {row['label']:<14} {metric:<17} "
+            f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]   {baseline} {row['baseline_value']:.3f}, "
+            f"difference {row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
         )
     near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     click.echo(f"  notebook  {near / 'notebook.ipynb'}\n  figures   {near / 'figures'}")

@@ -28,6 +28,11 @@ from kerasmed import paths
 # Where things lie is no part of what a run computes.
 LOCATION_PARAMETERS = ("data_root", "models_root")
 KEY_DIGITS = 10
+# The columns of `collect`.
+COLLECTED = (
+    *("run", "status", "data_source", "task", "variant", "metric", "label", "value", "ci_low", "ci_high"),
+    *("baseline", "baseline_value", "difference", "difference_low", "difference_high", "error", "folder"),
+)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -374,8 +379,7 @@ def collect(models_root=None) -> pd.DataFrame:
         models_root: a folder that holds `<system>/<run>/status.json`, or one system's folder, or one run.
 
     Returns:
-        DataFrame with run, status, data_source, task, variant, metric, label, value, ci_low, ci_high, baseline,
-        baseline_value, error, folder; newest run last.
+        DataFrame with the columns `COLLECTED`, newest run last; the difference is to the strongest baseline.
     """
     top = paths.models_root(models_root)
     found = sorted(
@@ -394,34 +398,23 @@ def collect(models_root=None) -> pd.DataFrame:
         }
         headline = read_json(run / "metrics.json")["headline"] if state["status"] == "complete" else [{}]
         for row in headline:
+            baseline = row.get("baseline") or {}
             low, high = row.get("ci95") or (None, None)
+            difference_low, difference_high = baseline.get("difference_ci95") or (None, None)
             records.append(
                 {
                     **common,
                     **{name: row.get(name) for name in ("task", "variant", "metric", "label", "value")},
                     "ci_low": low,
                     "ci_high": high,
-                    "baseline": (row.get("baseline") or {}).get("variant"),
-                    "baseline_value": (row.get("baseline") or {}).get("value"),
+                    "baseline": baseline.get("variant"),
+                    "baseline_value": baseline.get("value"),
+                    "difference": baseline.get("difference"),
+                    "difference_low": difference_low,
+                    "difference_high": difference_high,
                 }
             )
-    columns = [
-        "run",
-        "status",
-        "data_source",
-        "task",
-        "variant",
-        "metric",
-        "label",
-        "value",
-        "ci_low",
-        "ci_high",
-        "baseline",
-        "baseline_value",
-        "error",
-        "folder",
-    ]
-    return pd.DataFrame(records, columns=columns)
+    return pd.DataFrame(records, columns=COLLECTED)
 
 
 def as_text(table: pd.DataFrame) -> pd.DataFrame:

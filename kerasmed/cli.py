@@ -82,11 +82,9 @@ def run(notebooks, profile, pairs, data_root, models_root, force, timeout):
     ]
     done, failed = [], []
     for position, (notebook, parameters) in enumerate(plan, 1):
-        click.secho(
-            f"[{position}/{len(plan)}] {notebook.name} "
-            f"({profile}, about {notebook.budget_minutes[profile]:g} min on 2 cores)",
-            bold=True,
-        )
+        minutes = notebook.budget_minutes.get(profile)
+        budget = f", about {minutes:g} min on 2 cores" if minutes else ""
+        click.secho(f"[{position}/{len(plan)}] {notebook.name} ({profile}{budget})", bold=True)
         try:
             folder, executed = nb.run(notebook, parameters, force=force, timeout=timeout)
         except (RuntimeError, ValueError, OSError) as error:

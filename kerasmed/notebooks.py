@@ -112,13 +112,16 @@ def resolve(notebook: Notebook, *, profile: str, given: Mapping) -> dict:
         Every parameter of the notebook, in its order.
 
     Raises:
-        ValueError: unknown profile, unknown names (with the known ones), or a value of another type than the default.
+        ValueError: unknown profile, one without a file for this notebook, unknown names (with the known ones), or a
+            value of another type than the default.
     """
     if profile not in profiles():
         raise ValueError(
             f"profile {profile!r} is unknown{_meant(profile, profiles())}; known are {', '.join(profiles())}."
         )
     path = paths.notebooks_root() / "params" / profile / f"{notebook.name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"profile {profile!r} has no values for {notebook.name}; write {path} (it may be empty).")
     from_profile = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     for origin, values in ((path.name, from_profile), ("-p", given)):
         for name, value in values.items():
@@ -253,5 +256,5 @@ def _reason(error: BaseException) -> str:
 
 
 def quickest_first(notebooks: Sequence[Notebook], profile: str) -> list[Notebook]:
-    """Sort by a profile's budget, so that first results come soon; an unknown profile leaves the order."""
+    """Sort by a profile's budget, so that first results come soon; a profile without budgets leaves the order."""
     return sorted(notebooks, key=lambda notebook: notebook.budget_minutes.get(profile, 0))

@@ -46,7 +46,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{_host_hash()}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -58,14 +58,15 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; rename it to `target` if the block succeeds, delete it if not.
 
-    Where another process has made `target` meanwhile, theirs stays. What killed processes left is removed.
+    Where another process has made `target` meanwhile, theirs stays. What killed processes of this machine left is
+    removed; on a shared disk, those of others may live.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in target.parent.glob(f".{target.name}.*.tmp"):
+    for left_over in target.parent.glob(f".{target.name}.{_host_hash()}.*.tmp"):
         if not psutil.pid_exists(int(left_over.name.split(".")[-2])):
             shutil.rmtree(left_over, ignore_errors=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{_host_hash()}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

@@ -13,8 +13,8 @@ def assign(
     """Split rows anew into train, valid and test by `group_id`, with each class's share kept.
 
     The groups are dealt into twenty stratified folds, and whole folds make up the splits, so shares are met to about
-    one twentieth of the images, or one group where groups are large. A class of one group is in train only, one of two
-    in train and test; `groups_per_split` shows it.
+    one twentieth of the images, or one group where groups are large. A class of one group goes to train, one of two to
+    train and test, as far as a hundred deals of the folds allow; `groups_per_split` shows it.
 
     Args:
         manifest: rows with `group_id` and exclusive label columns.

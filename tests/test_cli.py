@@ -1,7 +1,9 @@
+import shutil
+
 import pytest
 from click.testing import CliRunner
 
-from kerasmed import runs
+from kerasmed import paths, runs
 from kerasmed.cli import main
 
 
@@ -41,6 +43,15 @@ def test_usage_errors_exit_with_2_and_say_what_is_known(arguments, message):
 def test_run_without_the_data_it_needs_exits_with_1_and_says_how_to_get_them(tmp_path):
     result = _call("run", "07_brain_mri", "--data-root", tmp_path / "typo")
     assert result.exit_code == 1 and "kerasmed data fetch brain" in result.output
+
+
+def test_run_takes_a_profile_of_ones_own_without_a_budget(tmp_path, monkeypatch):
+    shutil.copytree(paths.notebooks_root(), tmp_path / "project/notebooks")
+    (tmp_path / "project/notebooks/params/mine").mkdir()
+    (tmp_path / "project/notebooks/params/mine/07_brain_mri.yaml").write_text("profile: mine\n")
+    monkeypatch.chdir(tmp_path / "project")
+    result = _call("run", "07_brain_mri", "--profile", "mine", "--data-root", tmp_path / "typo")
+    assert result.exit_code == 1 and "[1/1] 07_brain_mri (mine)" in result.output and "no brain data" in result.output
 
 
 def test_check_exits_with_1_where_something_is_wrong(brain_root):

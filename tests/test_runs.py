@@ -126,7 +126,7 @@ def test_status_of_a_damaged_file_is_unreadable():
 
 
 def test_whole_folder_appears_when_whole_and_yields_to_another(tmp_path):
-    (tmp_path / ".a.4194305.tmp").mkdir()  # left by a process that is gone
+    (tmp_path / f".a.{runs._host_hash()}.4194305.tmp").mkdir()  # left by a process that is gone
     with pytest.raises(ValueError, match="stop"), runs.whole_folder(tmp_path / "a") as folder:
         (folder / "x").touch()
         raise ValueError("stop")
@@ -136,6 +136,13 @@ def test_whole_folder_appears_when_whole_and_yields_to_another(tmp_path):
         shutil.copytree(folder, tmp_path / "a")
         (tmp_path / "a/theirs").touch()
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["theirs", "x"]
+
+
+def test_whole_folder_leaves_what_another_machine_may_be_writing(tmp_path):
+    (tmp_path / ".a.0123456789.4194305.tmp").mkdir()
+    with runs.whole_folder(tmp_path / "a"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.0123456789.4194305.tmp", "a"]
 
 
 def test_status_of_a_dead_process_is_interrupted():

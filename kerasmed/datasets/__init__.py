@@ -1,7 +1,8 @@
 """Where each system's data lie, and readers from their real layout to a manifest.
 
-A system's module (`datasets/<system>.py`) states `SOURCES` (name to link and licence), `folder(root)` (where its data
-lie under a data root, or None) and `read`; `datasets/synthetic/<system>.py` has `write`.
+A system's module (`datasets/<system>.py`) states `CLASS_NAMES` (part to classes), `SOURCES` (part to link and licence),
+`LAYOUT`, `ARCHIVE_FOLDERS` (part to the folders of its download), `folder(root)` (where its data lie under a data root,
+or None) and `read(root, part)`; `datasets/synthetic/<system>.py` has `write(root, **options)`.
 """
 
 import hashlib

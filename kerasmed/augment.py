@@ -18,6 +18,7 @@ def _transforms(image_size):
         "flip": lambda: [A.HorizontalFlip(p=0.5)],
         # Variance 10–50 on a scale of 0–255: what Albumentations 1 did by default; version 2's default is far stronger.
         "noise": lambda: [A.GaussNoise(std_range=(0.0124, 0.0277), p=0.5)],
+        "noise_rare": lambda: [A.GaussNoise(std_range=(0.0124, 0.0277), p=0.25)],
         "rotate": lambda: [A.Rotate(limit=10, border_mode=cv2.BORDER_CONSTANT, p=0.5)],
         "brightness_contrast": lambda: [A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5)],
         # RandomScale changes the array's size: padded or cropped back, it zooms; resized back, it would only blur.

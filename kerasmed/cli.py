@@ -41,10 +41,11 @@ def list_(notebooks):
 
     for name in notebooks or nb.names():
         notebook = _usage(nb.describe, name)
+        system = notebook.system or "any, by the parameter `system`"
         budgets = ", ".join(f"{profile} {minutes:g} min" for profile, minutes in notebook.budget_minutes.items())
         click.echo(
             f"{name}  {notebook.title}\n"
-            f"    system {notebook.system}; {budgets} on 2 cores; {len(notebook.parameters)} parameters"
+            f"    system {system}; {budgets} on 2 cores; {len(notebook.parameters)} parameters"
         )
         if notebooks:
             for parameter in notebook.parameters.values():
@@ -120,9 +121,14 @@ def _usage(function, *args, **kwargs):
 
 
 def _show(table, folder: Path):
-    """Print a run's headline beside its baselines, and where its files are."""
+    """Print a run's headline, numbers beside their baselines or sentences of a summary, and where its files are."""
+    from kerasmed import runs
+
     click.echo()
     click.secho(f"{folder.name}: {table['status'].iloc[0]}, {table['data_source'].iloc[0]} data", bold=True)
+    if (folder / "summary.json").exists():
+        click.echo("\n".join(f"  {line}" for line in runs.read_json(folder / "summary.json")["headline"]))
+        table = table.iloc[:0]
     numbers = dict.fromkeys(("ci_low", "ci_high", "difference", "difference_low", "difference_high"), float)
     for row in table.astype(numbers).to_dict("records"):
         metric, baseline = (row[name].replace("_", " ") for name in ("metric", "baseline"))

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import platform
 import re
@@ -31,6 +32,8 @@ RECORDED_PACKAGES = (
 _NOISE = re.compile(
     r"^I0000|before absl::InitializeLog|rebuild TensorFlow with the appropriate compiler flags|failed call to cuInit"
 )
+# A notebook trains many models, and each is traced once: TensorFlow takes that for one model traced many times.
+_RETRACING = "triggered tf.function retracing"
 PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
 
 
@@ -58,6 +61,7 @@ def setup(*, seed: int, precision: str = "float32", deterministic: bool = False)
 
             gpus = tf.config.list_physical_devices("GPU")
 
+    logging.getLogger("tensorflow").addFilter(_is_no_retracing)
     keras.utils.set_random_seed(seed)
     keras.config.set_dtype_policy(precision)
     if keras.backend.backend() == "tensorflow":
@@ -66,6 +70,23 @@ def setup(*, seed: int, precision: str = "float32", deterministic: bool = False)
         if deterministic:
             tf.config.experimental.enable_op_determinism()
     return {**describe(), "seed": seed, "precision": precision, "deterministic": deterministic}
+
+
+def _is_no_retracing(record: logging.LogRecord) -> bool:
+    return _RETRACING not in str(record.msg)
+
+
+def fresh(seed: int) -> None:
+    """Forget the models built so far and seed anew, so that a training depends on nothing that ran before it.
+
+    A notebook trains many models; whether an earlier one was trained or found finished must not change the next.
+    """
+    import keras
+
+    policy = keras.config.dtype_policy()  # which clearing forgets as well
+    keras.utils.clear_session()
+    keras.config.set_dtype_policy(policy)
+    keras.utils.set_random_seed(seed)
 
 
 @contextlib.contextmanager

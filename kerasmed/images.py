@@ -6,10 +6,14 @@ params.json, so that a prediction sees what training saw.
 
 import io
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
@@ -27,6 +31,16 @@ THUMBNAIL_SIZE = (64, 64)
 
 class ImageError(ValueError):
     """A file that is no whole, readable image; the message is the reason."""
+
+
+class Header(NamedTuple):
+    """What a file says of its pixels, as stored: before any rotation, conversion or resizing."""
+
+    height: int
+    width: int
+    format: str  # "JPEG", "PNG", ...
+    mode: str  # Pillow's name of the channels: "L" is grey, "RGB" colour
+    bits: int  # a channel
 
 
 def read(
@@ -110,19 +124,74 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     return resize(image, THUMBNAIL_SIZE)
 
 
+def read_header(path) -> Header:
+    """Read what an image file says of its size and pixels, without decoding them.
+
+    A file that passes may still be damaged further on: only `read` finds out.
+
+    Raises:
+        ImageError: empty, no image, or a header that cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(32)
+        if not start:
+            raise ImageError("empty file (0 bytes)")
+        file.seek(0)
+        header = _open(file, start)
+        if header.format == "PNG":  # Pillow shows deep colour as 8 bits; the file's own number is its 25th byte
+            bits = start[24]
+        else:
+            bits = 16 if header.mode.startswith("I;16") else {"1": 1, "I": 32, "F": 32}.get(header.mode, 8)
+        return Header(header.height, header.width, header.format, header.mode, bits)
+
+
+def headers(root, image_paths: Sequence[str], *, threads: int = 8) -> pd.DataFrame:
+    """Read the headers of many files, in threads.
+
+    Args:
+        root: folder that the paths are relative to.
+        image_paths: which files.
+        threads: how many read at once.
+
+    Returns:
+        DataFrame, a row a path in order: image_path, bytes (size of the file), the fields of `Header`, and reason: "",
+        or why the header cannot be read, and then the fields are empty.
+    """
+
+    def one(path):
+        try:
+            size = (Path(root) / path).stat().st_size
+            return size, *read_header(Path(root) / path), ""
+        except ImageError as error:
+            return size, *(None,) * len(Header._fields), str(error)
+        except OSError as error:
+            return None, *(None,) * len(Header._fields), error.strerror
+
+    with ThreadPoolExecutor(threads) as pool:
+        rows = list(pool.map(one, image_paths))
+    table = pd.DataFrame(rows, columns=["bytes", *Header._fields, "reason"])
+    table.insert(0, "image_path", list(image_paths))
+    return table.astype(dict.fromkeys(("bytes", "height", "width", "bits"), "Int64"))
+
+
+def _open(file, start: bytes) -> Image.Image:
+    """Open a file object with Pillow, which reads the header only; `start` is shown where it is no image."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of decompression bombs; the size is checked against a stated limit before decoding.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(file)
+    except UnidentifiedImageError:
+        raise ImageError(f"not an image (starts with {start[:12]!r})") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"unreadable header: {error}") from None
+
+
 def _decode(data: bytes) -> np.ndarray:
     """Decode bytes to an array (H, W[, C]); 8-bit JPEG and PNG by OpenCV, which is faster, all else by Pillow."""
     if not data:
         raise ImageError("empty file (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of decompression bombs; the size is checked here, against a stated limit.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            header = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise ImageError(f"not an image (starts with {data[:12]!r})") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"unreadable header: {error}") from None
+    header = _open(io.BytesIO(data), data[:12])
     if header.width * header.height > MAX_PIXELS:
         raise ImageError(f"{header.width}×{header.height} pixels, more than the {MAX_PIXELS} that are read")
     # OpenCV returns a truncated JPEG or PNG as if it were whole (it only prints), so the end is looked for here.

@@ -92,3 +92,18 @@ def class_ids(manifest: pd.DataFrame, class_names: Sequence[str]) -> np.ndarray:
 def targets(manifest: pd.DataFrame, class_names: Sequence[str]) -> np.ndarray:
     """Return the label columns as float32, shape (num_rows, num_classes); NaN stays NaN."""
     return manifest[list(class_names)].to_numpy(dtype="float32")
+
+
+def samples(manifest: pd.DataFrame, class_names: Sequence[str], *, count: int = 8) -> list[np.ndarray]:
+    """Pick images of each class, evenly spread over it.
+
+    Args:
+        manifest: rows with label columns.
+        class_names: which.
+        count: images a class; fewer where it has fewer.
+
+    Returns:
+        For each class, positions in the manifest, int, ascending.
+    """
+    of_class = [np.flatnonzero(manifest[name] == 1) for name in class_names]
+    return [found[np.linspace(0, len(found) - 1, min(count, len(found)), dtype=int)] for found in of_class]

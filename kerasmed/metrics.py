@@ -154,6 +154,7 @@ def multiclass_rows(
     task: str,
     split: str = "test",
     prefix: str = "",
+    reference: str | None = None,
     num_draws: int = BOOTSTRAPS,
     seed: int = 0,
 ) -> list[dict]:
@@ -167,18 +168,22 @@ def multiclass_rows(
         task: what is classified, for the table.
         split: what the images are, for the table; never the split that steered early stopping or a threshold.
         prefix: put before every label, where only some of a task's classes are scored.
+        reference: a variant that the others are compared with as well, as in an ablation.
         num_draws: bootstrap draws.
         seed: of the draws.
 
     Returns:
         List of dicts: task, variant, split, metric, label, value, ci95 [low, high], n, n_groups, baseline, reason.
-        `baseline` is None on a baseline's own row, else {variant, value, difference, difference_ci95} of the strongest.
+        `baseline` is None on a baseline's own row, else {variant, value, difference, difference_ci95} of the strongest;
+        with a reference, `reference` is the same against it, on the rows of the other variants but the baselines.
         `value` is None where the metric is undefined, and `reason` then says why.
 
     Raises:
         ValueError: no baseline, no image, or a shape that does not fit.
     """
     baselines = [name for name in probabilities if name in BASELINES]
+    if reference is not None and reference not in probabilities:
+        raise ValueError(f"`reference` is {reference!r}; expected one of {list(probabilities)}.")
     if not baselines:
         raise ValueError(f"`probabilities` hold no baseline, only {list(probabilities)}; add one of {BASELINES}.")
     if not len(class_ids):
@@ -227,31 +232,52 @@ def multiclass_rows(
                 rivals = [rival for rival in baselines if np.isfinite(points[rival][key][0])]
                 if name not in BASELINES and rivals:
                     best = max(rivals, key=lambda rival: points[rival][key][0])
-                    row["baseline"] = {
-                        "variant": best,
-                        "value": float(points[best][key][0]),
-                        "difference": value - float(points[best][key][0]),
-                        "difference_ci95": interval(spreads[name][key] - spreads[best][key]),
-                    }
+                    row["baseline"] = _against(best, name, key, points, spreads)
+                if reference not in (None, name) and name not in BASELINES:
+                    row["reference"] = _against(reference, name, key, points, spreads)
             rows.append(row)
     return rows
+
+
+def _against(rival, name, key, points, spreads) -> dict | None:
+    """Compare a variant with a rival on the same draws; None where the rival's value is undefined."""
+    value = float(points[rival][key][0])
+    if np.isnan(value):
+        return None
+    return {
+        "variant": rival,
+        "value": value,
+        "difference": float(points[name][key][0]) - value,
+        "difference_ci95": interval(spreads[name][key] - spreads[rival][key]),
+    }
 
 
 def tabulate(rows: Sequence[Mapping]) -> pd.DataFrame:
     """Lay rows of `multiclass_rows` out for reading: value with interval, baseline, and difference with interval.
 
     Returns:
-        DataFrame: task, label, metric, variant, shown, baseline, difference, n, n_groups.
+        DataFrame: task, split, label, metric, variant, shown, baseline, difference, to_reference (where rows have
+        one), n, n_groups.
     """
     records = []
     for row in rows:
-        rival = row["baseline"]
+        rival, reference = row["baseline"], row.get("reference")
+        compared = (
+            {}
+            if not any("reference" in other for other in rows)
+            else {
+                "to_reference": _with_interval(reference["difference"], reference["difference_ci95"], "+")
+                if reference
+                else ""
+            }
+        )
         records.append(
             {
-                **{name: row[name] for name in ("task", "label", "metric", "variant")},
+                **{name: row[name] for name in ("task", "split", "label", "metric", "variant")},
                 "shown": row["reason"] if row["value"] is None else _with_interval(row["value"], row["ci95"]),
                 "baseline": f"{rival['variant']} {rival['value']:.3f}" if rival else "",
                 "difference": _with_interval(rival["difference"], rival["difference_ci95"], "+") if rival else "",
+                **compared,
                 "n": row["n"],
                 "n_groups": row["n_groups"],
             }

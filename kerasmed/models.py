@@ -98,3 +98,57 @@ def compact_cnn(
         x = layers.ReLU(name=f"block{index + 1}")(x)
     x = layers.GlobalAveragePooling2D(name="pool")(x)
     return keras.Model(inputs, classification_head(x, num_classes, dropout=dropout, activation=activation), name=name)
+
+
+def five_block_cnn(
+    image_size: tuple[int, int],
+    num_classes: int,
+    *,
+    dropout: float = 0.2,
+    activation: str = "softmax",
+    name: str = "five_block_cnn",
+) -> keras.Model:
+    """Build the plain network of earlier work on the brain sets, as a rival.
+
+    Five blocks of a 2×2 convolution without padding (64, 64, 128, 256, 512 channels), ReLU and 2×2 max pooling;
+    flatten, dropout, dense layers of 256 and 128 with an L2 penalty of 5e-4 and dropout, and the head.
+
+    Args:
+        image_size: (height, width) in pixels, each at least 63: what five blocks leave one position of.
+        num_classes: number of outputs.
+        dropout: share of features dropped while training, before and after each dense layer.
+        activation: "softmax" or "sigmoid".
+
+    Returns:
+        Uncompiled model, uint8 (batch, height, width, 1) -> float32 (batch, num_classes).
+    """
+    if min(image_size) < 63:
+        raise ValueError(f"`image_size` is {tuple(image_size)}; five blocks need at least 63 pixels a side.")
+    inputs = keras.Input((*image_size, 1), dtype="uint8", name="image")
+    x = layers.Rescaling(1 / 127.5, offset=-1.0, name="preprocess")(inputs)
+    for number, width in enumerate((64, 64, 128, 256, 512), start=1):
+        x = layers.Conv2D(width, 2, activation="relu", name=f"block{number}_conv")(x)
+        x = layers.MaxPooling2D(name=f"block{number}")(x)
+    x = layers.Flatten(name="flatten")(x)
+    for number, width in enumerate((256, 128), start=1):
+        x = layers.Dropout(dropout, name=f"dense{number}_dropout")(x)
+        x = layers.Dense(
+            width, activation="relu", kernel_regularizer=keras.regularizers.L2(5e-4), name=f"dense{number}"
+        )(x)
+    return keras.Model(inputs, classification_head(x, num_classes, dropout=dropout, activation=activation), name=name)
+
+
+def classifier(
+    features: keras.Model, num_classes: int, *, dropout: float = 0.2, activation: str = "softmax"
+) -> keras.Model:
+    """Put a classification head on a feature extractor of `kerasmed.backbones.build`; the graph stays flat.
+
+    Args:
+        features: model, images -> (batch, num_features).
+        num_classes, dropout, activation: of `classification_head`.
+
+    Returns:
+        Uncompiled model that shares the extractor's layers, images -> float32 (batch, num_classes).
+    """
+    outputs = classification_head(features.output, num_classes, dropout=dropout, activation=activation)
+    return keras.Model(features.inputs, outputs, name=features.name)

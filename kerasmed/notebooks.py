@@ -1,8 +1,8 @@
 """Numbered notebooks: what they take, and running them through papermill.
 
-A notebook's metadata hold `kerasmed: {system, budget_minutes: {profile: minutes}}`; its parameters are those of the
-cell tagged `parameters`; a profile's values lie in `notebooks/params/<profile>/<notebook>.yaml`, which plain papermill
-takes with `-f` as well.
+A notebook's metadata hold `kerasmed: {system, budget_minutes: {profile: minutes}}`, where an empty system leaves it to
+the parameter `system`; its parameters are those of the cell tagged `parameters`; a profile's values lie in
+`notebooks/params/<profile>/<notebook>.yaml`, which plain papermill takes with `-f` as well.
 """
 
 import ast
@@ -40,9 +40,13 @@ class Notebook(NamedTuple):
     name: str
     path: Path
     title: str
-    system: str
+    system: str  # "" where the parameter `system` decides
     budget_minutes: Mapping[str, float]
     parameters: Mapping[str, Parameter]
+
+    def system_of(self, parameters: Mapping) -> str:
+        """Return the system that an execution with these parameters belongs to."""
+        return self.system or parameters["system"]
 
 
 def names() -> list[str]:
@@ -59,7 +63,8 @@ def describe(name: str) -> Notebook:
     """Read a notebook's title, system, budgets and parameters; refuse an unknown name with those near it.
 
     Raises:
-        ValueError: no such notebook, or one without the package's metadata.
+        ValueError: no such notebook, one without the package's metadata, or one that leaves its system to a parameter
+            it has not.
     """
     from papermill import inspect_notebook
 
@@ -76,6 +81,8 @@ def describe(name: str) -> Notebook:
         key: Parameter(key, entry["inferred_type_name"], ast.literal_eval(entry["default"]), entry["help"])
         for key, entry in inspect_notebook(str(path)).items()
     }
+    if not own["system"] and "system" not in found:
+        raise ValueError(f"{path} names no system in its metadata and has no parameter `system`; add either.")
     return Notebook(name, path, title, own["system"], own["budget_minutes"], found)
 
 
@@ -112,8 +119,8 @@ def resolve(notebook: Notebook, *, profile: str, given: Mapping) -> dict:
         Every parameter of the notebook, in its order.
 
     Raises:
-        ValueError: unknown profile, one without a file for this notebook, unknown names (with the known ones), or a
-            value of another type than the default.
+        ValueError: unknown profile, one without a file for this notebook, unknown names (with the known ones), a
+            value of another type than the default, or an unknown system.
     """
     if profile not in profiles():
         raise ValueError(
@@ -144,6 +151,7 @@ def resolve(notebook: Notebook, *, profile: str, given: Mapping) -> dict:
                     f"such as {default!r}{hint}."
                 )
     merged = {name: parameter.default for name, parameter in notebook.parameters.items()} | from_profile | dict(given)
+    datasets.reader(notebook.system_of(merged))  # refuses an unknown system
     # 1 and 1.0 are one value and must give one key.
     return {
         name: float(value) if isinstance(notebook.parameters[name].default, float) else value
@@ -175,10 +183,11 @@ def run(
     """
     from papermill import execute_notebook
 
-    source = datasets.locate(notebook.system, parameters, data_root=parameters["data_root"])
-    fingerprint = datasets.fingerprint(notebook.system, source)
+    system = notebook.system_of(parameters)
+    source = datasets.locate(system, parameters, data_root=parameters["data_root"])
+    fingerprint = datasets.fingerprint(system, source)
     models_root = parameters["models_root"]
-    folder = runs.folder(notebook.system, notebook.name, parameters, fingerprint, models_root=models_root)
+    folder = runs.folder(system, notebook.name, parameters, fingerprint, models_root=models_root)
     runs.refuse_running(folder, force=force)
     if force:
         shutil.rmtree(folder, ignore_errors=True)
@@ -190,7 +199,7 @@ def run(
         raise OSError(f"cannot make {folder}: {error.strerror}; choose another folder with --models-root.") from error
     for half_written in folder.rglob(".*.tmp.*"):  # what a killed process left
         half_written.unlink()
-    runs.reserve(folder, notebook.system, notebook.name, parameters["profile"], data_source=source.kind)
+    runs.reserve(folder, system, notebook.name, parameters["profile"], data_source=source.kind)
     # A user's own kernel of the same name must not take the place of this environment's.
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     try:
@@ -213,9 +222,10 @@ def run(
             raise
         raise RuntimeError(f"{reason}\n  executed notebook: {folder / 'notebook.ipynb'}") from error
     if runs.status(folder)["status"] != "complete":
-        runs.set_status(folder, "failed", error="ended without `runs.finish`")
+        runs.set_status(folder, "failed", error="ended without `runs.finish` or `runs.summarize`")
         raise RuntimeError(
-            f"{notebook.name} ended without `runs.finish` on {folder}; its last cell must write the metrics."
+            f"{notebook.name} ended without `runs.finish` or `runs.summarize` on {folder}; its last cell must write "
+            "the metrics, or the summary."
         )
     return folder, True
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from kerasmed import images, paths, runs
+from kerasmed import datasets, images, paths, runs
 
 SHARD_ROWS = 256
 # A change of the reader may alter pixels: stores made by another are not taken for current ones.
@@ -343,3 +343,60 @@ def evaluation_dataset(
     signature = pixels if targets is None else (pixels, tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
     dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
     return dataset.apply(tf.data.experimental.assert_cardinality(steps_per_epoch(len(rows), batch_size))).prefetch(2)
+
+
+# --- prediction ------------------------------------------------------------------------------------------------------
+
+
+def predict_files(
+    path,
+    models: Mapping[str, tuple],
+    *,
+    image_size: tuple[int, int],
+    read_options: Mapping | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Predict raw image files with models of exclusive classes, each file read once and not kept.
+
+    Args:
+        path: an image file or a folder, searched through.
+        models: task -> (Keras model, uint8 (batch, height, width, 1) -> probabilities; class names).
+        image_size, read_options: as in the models' training.
+        progress: show a bar.
+
+    Returns:
+        DataFrame, a row a file: image_path (relative to the folder), error ("" or why it could not be read), and for
+        each task `<task>` (the likeliest class) and `p_<class>`; empty for unreadable files.
+
+    Raises:
+        FileNotFoundError: no such path, or no image below it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; name an image file or a folder of images.")
+    root = path if path.is_dir() else path.parent
+    found = list(datasets.files(path)) if path.is_dir() else [path]
+    names = [
+        Path(entry).relative_to(root).as_posix() for entry in found if Path(entry).suffix.lower() in images.SUFFIXES
+    ]
+    if not names:
+        raise FileNotFoundError(f"no image under {path}; files ending in {', '.join(images.SUFFIXES)} are read.")
+    tables = []
+    with tqdm(
+        total=len(names), unit="image", desc="predict", disable=not progress, mininterval=1, ascii=True, ncols=80
+    ) as bar:
+        for pixels, reasons in decode_stream(root, names, image_size=image_size, read_options=read_options):
+            readable = reasons == ""
+            table = pd.DataFrame({"error": reasons})
+            for task, (model, class_names) in models.items():
+                probabilities = np.full((len(reasons), len(class_names)), np.nan, np.float32)
+                if readable.any():
+                    probabilities[readable] = model.predict_on_batch(pixels[readable][..., None])
+                likeliest = np.array(class_names)[np.nan_to_num(probabilities).argmax(axis=1)]
+                table[task] = np.where(readable, likeliest, "")
+                table[[f"p_{name}" for name in class_names]] = probabilities
+            tables.append(table)
+            bar.update(len(reasons))
+    table = pd.concat(tables, ignore_index=True)
+    table.insert(0, "image_path", names)
+    return table

@@ -3,12 +3,15 @@
 `kerasmed.runs.save_figure` writes them, and marks those made from synthetic data.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#3b6ea5", "#d98c3f", "#5b9a68", "#b5524d", "#7d6aa8", "#6f6f6f")
@@ -38,17 +41,24 @@ def image_grid(
 
 
 def class_counts(counts: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
-    """Draw images a class and split, stacked, a panel a task; `counts` are of `splits.groups_per_split`."""
+    """Draw images a class and split, stacked, a panel a task.
+
+    Args:
+        counts: task -> table of `splits.groups_per_split`, or of images alone, indexed by class, a column a split.
+        title: of the figure.
+    """
     figure, axes = _figure(5.5 * len(counts), 3, 1, len(counts))
     for axis, (task, table) in zip(axes[0], counts.items()):
+        has_groups = table.columns.nlevels > 1
+        shown = table.xs("images", axis=1, level=1) if has_groups else table
         left = np.zeros(len(table))
         for colour, split in zip(COLOURS, ("train", "valid", "test")):
-            values = table[split, "images"].to_numpy()
-            axis.barh(table.index, values, left=left, color=colour, label=split)
-            left += values
+            if split in shown:
+                axis.barh(shown.index, shown[split], left=left, color=colour, label=split)
+                left += shown[split].to_numpy()
         for position, (name, total) in enumerate(zip(table.index, left)):
-            num_groups = int(table.loc[name].xs("groups", level=1).sum())
-            axis.text(total, position, f" {int(total)} in {num_groups} groups", va="center", fontsize=8)
+            groups = f" in {int(table.loc[name].xs('groups', level=1).sum())} groups" if has_groups else ""
+            axis.text(total, position, f" {int(total)}{groups}", va="center", fontsize=8)
         axis.set(title=task, xlabel="images", xlim=(0, left.max() * 1.55))
         axis.invert_yaxis()
     figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
@@ -194,4 +204,104 @@ def model_diagram(model, *, title: str, columns: int = 6) -> Figure:
     axis.set(xlim=(-0.1, min(columns, len(blocks)) * 1.2), ylim=(-1.15 * (rows - 1) - 0.1, 1.1))
     axis.set_axis_off()
     figure.suptitle(f"{title}: {model.count_params():,} weights, read from left to right", fontsize=11)
+    return figure
+
+
+def image_sizes(sizes: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
+    """Draw the widths and heights of files, a panel a task; the area of a circle grows with the number of files.
+
+    Args:
+        sizes: task -> table with `height` and `width` in pixels, NaN where unknown.
+        title: of the figure.
+    """
+    figure, axes = _figure(4.8 * len(sizes), 4, 1, len(sizes))
+    for axis, (task, table) in zip(axes[0], sizes.items()):
+        counts = table.groupby(["height", "width"]).size().sort_values(ascending=False, kind="stable")
+        height, width = (counts.index.get_level_values(name).to_numpy(float) for name in ("height", "width"))
+        largest = max(height.max(), width.max()) * 1.1
+        axis.plot([0, largest], [0, largest], color="lightgrey", linewidth=1, zorder=0)
+        area = 8 + 400 * counts.to_numpy() / counts.sum()
+        axis.scatter(width, height, s=area, color=COLOURS[0], alpha=0.5, linewidths=0)
+        most = f"most: {height[0]:.0f}×{width[0]:.0f},\n{counts.iloc[0]} of {counts.sum()} files"
+        axis.text(0.03, 0.97, most, transform=axis.transAxes, va="top", fontsize=8)
+        axis.set(
+            title=f"{task}: {len(counts)} size{'s'[: len(counts) > 1]}, height×width",
+            xlabel="width in pixels",
+            ylabel="height in pixels",
+            xlim=(0, largest),
+            ylim=(0, largest),
+            aspect="equal",
+        )
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def grey_levels(shares: Mapping[str, Mapping[str, np.ndarray]], *, title: str) -> Figure:
+    """Draw the mean distribution of grey levels of each class, a panel a task.
+
+    Args:
+        shares: task -> class -> share of the pixels at each of the 256 grey levels.
+        title: of the figure.
+    """
+    figure, axes = _figure(5.5 * len(shares), 3.4, 1, len(shares))
+    for axis, (task, classes) in zip(axes[0], shares.items()):
+        for colour, (name, values) in zip(itertools.cycle(COLOURS), classes.items()):
+            axis.plot(np.arange(256), 100 * np.asarray(values), color=colour, linewidth=1.2, label=name)
+        axis.set(title=task, xlabel="grey level", ylabel="% of pixels (log)", yscale="log", xlim=(0, 255))
+        axis.set_ylim(bottom=1e-3)  # below a pixel in 100,000 is noise
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def heat_maps(
+    images: np.ndarray,
+    heat: np.ndarray,
+    captions: Sequence[str],
+    *,
+    title: str,
+    columns: int = 8,
+    boxes: np.ndarray | None = None,
+) -> Figure:
+    """Show images in grey under their heat maps, each map as a share of its own maximum.
+
+    The overlay is the more opaque the hotter it is, and nowhere more than two thirds, so that the anatomy stays in
+    sight; a map of zeros leaves the image bare. Colours do not compare between images.
+
+    Args:
+        images: uint8, shape (num_images, height, width).
+        heat: float of the same shape, at least 0, from `kerasmed.gradcam.upsample`.
+        captions: one per image.
+        title: of the figure.
+        columns: images a row.
+        boxes: float, shape (num_images, 4): x, y, width, height in pixels, outlined; NaN where an image has none.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if heat.shape != images.shape:
+        raise ValueError(
+            f"`heat` has shape {heat.shape} and `images` {images.shape}; enlarge the maps with `gradcam.upsample`."
+        )
+    columns = min(columns, max(len(images), 1))
+    rows = max(-(-len(images) // columns), 1)
+    figure, axes = _figure(1.5 * columns + 0.9, 1.65 * rows + 0.5, rows, columns)
+    longest = max((len(line) for caption in captions for line in caption.split("\n")), default=0)
+    colours = ScalarMappable(Normalize(0, 1), "inferno")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for position, (axis, image, heat_map, caption) in enumerate(zip(axes.flat, images, heat, captions)):
+        share = heat_map / (heat_map.max() or 1)
+        axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axis.imshow(share, cmap=colours.cmap, norm=colours.norm, alpha=share * 2 / 3)
+        if boxes is not None and np.isfinite(boxes[position]).all():
+            x, y, width, height = boxes[position]
+            # A pixel's centre is at its index, so its edge is half a pixel before.
+            outline = Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor="#53d8fb", linewidth=1.2)
+            axis.add_patch(outline)
+        axis.set_title(caption, fontsize=7 if longest < 20 else 5.5)
+    bar = figure.colorbar(colours, ax=axes.ravel().tolist(), pad=0.02, aspect=25)
+    bar.set_label("share of the map's maximum", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle(title, fontsize=11)
     return figure

@@ -2,9 +2,10 @@
 
 `models/<system>/<notebook>-<profile>-<10 hex>/` holds status.json, params.json, environment.json, split.csv,
 history.csv, predictions.csv, metrics.json, the models, figures/ and notebook.ipynb; the variants of a notebook lie in
-`variants/<name>/`. A run is its folder, a `Path`. The ten digits are a hash of the notebook, its parameters, the data's
-fingerprint and the sources, so the same work finds the same folder and any change finds another. Every file is written
-under a temporary name and renamed: what has its final name is whole.
+`variants/<name>/`; a notebook that only looks at data writes summary.json instead of metrics.json. A run is its folder,
+a `Path`. The ten digits are a hash of the notebook, its parameters, the data's fingerprint and the sources, so the same
+work finds the same folder and any change finds another. Every file is written under a temporary name and renamed: what
+has its final name is whole.
 """
 
 import contextlib
@@ -192,8 +193,9 @@ def start(
     # The command that started this kernel has reserved the folder.
     refuse_running(run, but_for=(os.getpid(), os.getppid()))
     (run / "figures").mkdir(parents=True, exist_ok=True)
-    # Metrics of an earlier execution must not outlive it.
-    (run / "metrics.json").unlink(missing_ok=True)
+    # Results of an earlier execution must not outlive it.
+    for name in ("metrics.json", "summary.json"):
+        (run / name).unlink(missing_ok=True)
     write_json(run / "params.json", parameters)
     write_json(run / "environment.json", {**environment, "data_source": data_source, "fingerprint": fingerprint})
     reserve(run, system, notebook, parameters["profile"], data_source=data_source)
@@ -303,6 +305,45 @@ def finish(run: Path, *, headline: Sequence[Mapping], rows: Sequence[Mapping]) -
     return content
 
 
+def summarize(run: Path, summary: Mapping) -> dict:
+    """Write summary.json and mark the run complete: what `finish` is to a notebook that trains nothing.
+
+    Args:
+        run: the run folder.
+        summary: plain facts, nested as they come; what does not exist is None or left out. `headline` among them: a
+            list of sentences that say the main facts, which the command prints after the run.
+
+    Returns:
+        What was written: `data_source` and the summary.
+
+    Raises:
+        ValueError: no headline, or a number that is not finite; names where it stands.
+    """
+    if not summary.get("headline") or isinstance(summary["headline"], str):
+        raise ValueError("`summary` has no `headline`; give it a list of sentences that say the main facts.")
+    endless = list(_not_finite(summary))
+    if endless:
+        raise ValueError(
+            f"{len(endless)} numbers of `summary` are not finite; leave them out, or write None. First: {endless[:3]}."
+        )
+    content = {"data_source": read_json(run / "environment.json")["data_source"], **summary}
+    write_json(run / "summary.json", content)
+    set_status(run, "complete")
+    return content
+
+
+def _not_finite(value, where: str = "") -> Iterator[str]:
+    """Yield the places of NaN and infinity in nested dicts, lists and arrays, such as "a.files.0"."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{where}.{key}")
+    elif isinstance(value, (list, tuple, np.ndarray)):
+        for position, item in enumerate(value):
+            yield from _not_finite(item, f"{where}.{position}")
+    elif isinstance(value, (float, np.floating)) and not math.isfinite(value):
+        yield where.removeprefix(".")
+
+
 def set_status(run: Path, status: str, **details) -> None:
     """Update status.json: "running", "complete" or "failed", the time, and any details."""
     path = run / "status.json"
@@ -342,7 +383,7 @@ def find(system: str, notebook: str | None = None, *, run: str | os.PathLike = "
 
     Args:
         system: whose runs.
-        notebook: of which notebook; None for any.
+        notebook: of which notebook; None for any that has metrics: nothing builds on a mere look at the data.
         run: "auto" for the newest complete one, or the path or the folder name of one.
         models_root: see `kerasmed.paths.models_root`.
 
@@ -361,20 +402,31 @@ def find(system: str, notebook: str | None = None, *, run: str | os.PathLike = "
                     raise FileNotFoundError(
                         f"run {candidate} is {status(candidate)['status']}, not complete; finish it with {command}."
                     )
+                if not _is_fit(candidate, notebook):
+                    raise FileNotFoundError(
+                        f"run {candidate} only looks at data and has no model; make one with {command}."
+                    )
                 return candidate
         raise FileNotFoundError(f"no run folder at {run}, nor under {home}; make one with {command}.")
     complete = [
         path.parent
         for path in home.glob(f"{notebook or ''}*/status.json")
-        if status(path.parent)["status"] == "complete"
+        if status(path.parent)["status"] == "complete" and _is_fit(path.parent, notebook)
     ]
     if not complete:
         raise FileNotFoundError(f"no complete run of {notebook or system} under {home}; make one with {command}.")
     return max(complete, key=lambda path: (status(path)["data_source"] == "real", status(path)["finished"]))
 
 
+def _is_fit(run: Path, notebook: str | None) -> bool:
+    """Whether a later step can build on a run: any that has metrics, one that has a summary only if it asks for it."""
+    return not (run / "summary.json").exists() or status(run)["notebook"] == notebook
+
+
 def collect(models_root=None) -> pd.DataFrame:
     """Read every run under a folder into one table: a row per headline number, or one per run that has none.
+
+    A run with summary.json instead of metrics has no numbers in the table.
 
     Args:
         models_root: a folder that holds `<system>/<run>/status.json`, or one system's folder, or one run.
@@ -397,7 +449,8 @@ def collect(models_root=None) -> pd.DataFrame:
             "error": state.get("error"),
             "folder": str(run),
         }
-        headline = read_json(run / "metrics.json")["headline"] if state["status"] == "complete" else [{}]
+        has_metrics = state["status"] == "complete" and not (run / "summary.json").exists()
+        headline = read_json(run / "metrics.json")["headline"] if has_metrics else [{}]
         for row in headline:
             baseline = row.get("baseline") or {}
             low, high = row.get("ci95") or (None, None)

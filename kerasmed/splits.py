@@ -55,6 +55,65 @@ def assign(
     return manifest.assign(split=best[fold])
 
 
+def cross_validate(
+    manifest: pd.DataFrame, class_names, *, num_folds: int = 5, valid_share: float = 0.15, seed: int = 0
+) -> list[pd.DataFrame]:
+    """Split rows anew once per fold, so that every group is tested once, by a model that has not seen it.
+
+    A fold is the test split; validation is carved off the rest by `assign`, which sees to it that a class of few
+    groups is in train first.
+
+    Args:
+        manifest: rows with `group_id` and exclusive label columns.
+        class_names: label columns; exactly one is 1 in a row.
+        num_folds: at least 2; fewer are made where there are fewer groups.
+        valid_share: share of all images in each fold's valid.
+        seed: of the shuffles.
+
+    Returns:
+        A copy of the manifest with `split` assigned, for each fold.
+
+    Raises:
+        ValueError: fewer than 2 folds, or as in `assign`.
+    """
+    if num_folds < 2:
+        raise ValueError(f"`num_folds` is {num_folds}; expected at least 2, or one split with `assign`.")
+    fold = folds(manifest, class_names, num_folds=num_folds, seed=seed)
+    splits = []
+    for number in range(fold.max() + 1):
+        rest = manifest[fold != number]
+        share = valid_share * len(manifest) / len(rest)
+        rest = assign(rest, class_names, test_share=0, valid_share=share, seed=seed)
+        splits.append(manifest.assign(split=rest["split"].reindex(manifest.index, fill_value="test")))
+    return splits
+
+
+def published(manifest: pd.DataFrame, class_names, *, valid_share: float = 0.15, seed: int = 0) -> pd.DataFrame:
+    """Keep the test split that a set was published with, leaks and all, and carve validation off the rest by group.
+
+    For comparison with published results only: `audit.gate` refuses it where the test split holds relatives of
+    training images, which the column `leaked` marks.
+
+    Args:
+        manifest: rows with the published `split`, `group_id` and exclusive label columns; some are test.
+        class_names: label columns.
+        valid_share: share of the images that are not test.
+        seed: of the shuffle.
+
+    Returns:
+        A copy with `split` and `leaked` (bool).
+
+    Raises:
+        ValueError: no row is test, or as in `assign`.
+    """
+    test = manifest["split"] == "test"
+    if not test.any():
+        raise ValueError("the manifest has no published test split: no row's `split` is 'test'.")
+    rest = assign(manifest[~test], class_names, test_share=0, valid_share=valid_share, seed=seed)
+    leaked = test & manifest["group_id"].isin(rest["group_id"])
+    return manifest.assign(split=rest["split"].reindex(manifest.index, fill_value="test"), leaked=leaked)
+
+
 def folds(manifest: pd.DataFrame, class_names, *, num_folds: int = 5, seed: int = 0) -> np.ndarray:
     """Deal rows into folds by `group_id`, each class spread evenly.
 

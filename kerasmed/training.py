@@ -15,6 +15,8 @@ from kerasmed import runs
 logger = logging.getLogger(__name__)
 
 SCHEDULES = ("cosine", "plateau", "constant")
+# A notebook trains dozens of networks: short epochs share a line.
+_SECONDS_A_LINE = 60.0
 
 
 def fit(
@@ -113,7 +115,7 @@ def fit(
 
 
 class _Checkpoint(keras.callbacks.Callback):
-    """Writes all training state after each epoch, prints a line, and puts the state back at the start of training.
+    """Writes all training state after each epoch, prints a line a minute, and puts all back when training begins.
 
     It stands last among the callbacks: the others reset themselves when training begins.
     """
@@ -125,6 +127,7 @@ class _Checkpoint(keras.callbacks.Callback):
         self.history = []
         self.stopped = False
         self._loaded = None
+        self._printed, self._printed_epoch = time.perf_counter(), 0
 
     def load(self, model) -> int:
         """Put saved variables into the model and its optimizer; return the number of epochs that they have seen."""
@@ -190,9 +193,25 @@ class _Checkpoint(keras.callbacks.Callback):
         with runs.whole(self.path) as temporary:
             np.savez(temporary, state=np.array(json.dumps(state, default=float)), **arrays)
         runs.write_table(self.path.with_name("history.csv"), pd.DataFrame(self.history))
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        if time.perf_counter() - self._printed >= _SECONDS_A_LINE:
+            self._print()
+
+    def on_train_end(self, logs=None):
+        if self._printed_epoch < len(self.history):
+            self._print()
+
+    def _print(self):
+        """Print where training stands: the last epoch, and the best one."""
+        self._printed, self._printed_epoch = time.perf_counter(), len(self.history)
+        best = min(self.history, key=lambda row: row["val_loss"])
+        shown = "  ".join(
+            f"{name} {value:.3f}"
+            for name, value in self.history[-1].items()
+            if name not in ("epoch", "learning_rate", "seconds")
+        )
         print(
-            f"  epoch {epoch + 1:3d}/{self.params['epochs']}  {shown}  rate {self._rate:.1e}  {seconds:.0f} s",
+            f"  epoch {self.history[-1]['epoch']:3d} of {self.params['epochs']}  {shown}  (best val_loss "
+            f"{best['val_loss']:.3f} in epoch {best['epoch']}; {sum(row['seconds'] for row in self.history):.0f} s)",
             flush=True,
         )
 

@@ -11,7 +11,7 @@ def batch(rng):
 
 @pytest.mark.parametrize("name", augment.NAMES)
 def test_build_each_recipe_keeps_shape_and_type_and_changes_something(name, batch):
-    got = augment.build((name,), (32, 24))(batch, seed=0)
+    got = augment.build((name,), (32, 24))(batch, seed=1)
     assert got.shape == batch.shape and got.dtype == np.uint8
     assert (got != batch).any()
 

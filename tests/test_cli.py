@@ -18,6 +18,7 @@ def test_list_shows_notebooks_and_on_request_their_parameters():
     assert result.exit_code == 0 and "07_brain_mri  Brain MRI" in result.output and "smoke 0.5 min" in result.output
     assert "epochs = " not in result.output
     assert "epochs = " in _call("list", "07_brain_mri").output
+    assert "system any, by the parameter `system`" in _call("list", "01_eda").output
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,7 @@ def test_list_shows_notebooks_and_on_request_their_parameters():
         (["run", "07_brain_mri", "-p", "epoch=3"], "did you mean epochs?"),
         (["run", "07_brain_mri", "-p", "epochs"], "write -p name=value"),
         (["run", "07_brain_mri", "--profile", "fast"], "profile 'fast' is unknown"),
+        (["run", "01_eda", "-p", "system=heart"], "system 'heart' is unknown; known are"),
         (["predict", "brian", "x", "--out", "y.csv"], "system 'brian' is unknown"),
         (["predict", "brain", "x", "--out", "y.csv"], "no complete run of 07_brain_mri"),
         (["data", "synth", "heart", "x"], "system 'heart' is unknown"),
@@ -77,3 +79,27 @@ def test_collect_prints_runs_and_errors_and_writes_a_page(tmp_path):
     result = _call("collect", "--html", tmp_path / "all.html")
     assert result.exit_code == 0 and "failed" in result.output and "cell 3: ValueError: no" in result.output
     assert (tmp_path / "all.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.slow
+def test_run_looks_at_a_system_and_prints_what_it_found():
+    result = _call("run", "01_eda", "--profile", "smoke")
+    assert result.exit_code == 0, result.output
+    (run,) = (paths.models_root() / "brain").glob("01_eda-smoke-*")
+    summary = runs.read_json(run / "summary.json")
+    assert summary["data_source"] == "synthetic" and all(f"  {line}\n" in result.output for line in summary["headline"])
+    for part in ("alzheimer", "brain_tumor"):
+        found = summary["parts"][part]
+        # 60 patients of 4 slices in each of 4 classes; each patient is on both sides of the published split
+        assert (found["groups"]["count"], found["groups"]["sizes"]) == (240, [4] * 240)
+        assert found["leak"]["test"]["images_in_train"] == found["leak"]["test"]["images"] == 192
+        accuracy = {
+            row["split"]: row
+            for row in found["neighbour"]
+            if (row["metric"], row["variant"]) == ("accuracy", "nearest_neighbour")
+        }
+        assert accuracy["published test"]["value"] == 1
+        assert accuracy["unseen groups"]["ci95"][0] < 0.25 < accuracy["unseen groups"]["ci95"][1]
+    assert not (run / "metrics.json").exists() and len(list((run / "figures").iterdir())) == 8
+    collected = _call("collect")
+    assert collected.exit_code == 0 and run.name in collected.output

@@ -158,3 +158,49 @@ def test_resize_pad_keeps_the_aspect_ratio():
 def test_finish_unknown_option_is_refused():
     with pytest.raises(ValueError, match="'squeeze'"):
         images.finish(np.zeros((4, 4), np.uint8), fit="squeeze")
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "expected"),
+    [
+        ("a.png", np.zeros((4, 6), np.uint8), (4, 6, "PNG", "L", 8)),
+        ("b.png", np.zeros((4, 6, 3), np.uint16), (4, 6, "PNG", "RGB", 16)),  # which Pillow shows as 8 bits
+        ("c.jpg", np.zeros((7, 5, 3), np.uint8), (7, 5, "JPEG", "RGB", 8)),
+        ("d.tif", np.zeros((3, 9), np.uint16), (3, 9, "TIFF", "I;16", 16)),
+        ("e.tif", np.zeros((3, 9), np.float32), (3, 9, "TIFF", "F", 32)),
+    ],
+)
+def test_read_header_says_size_format_and_depth(tmp_path, name, array, expected):
+    assert images.read_header(_png(tmp_path / name, array)) == expected
+
+
+def test_read_header_of_one_bit_png_is_one_bit(tmp_path):
+    Image.fromarray(np.eye(8) > 0).save(tmp_path / "one.png")
+    assert images.read_header(tmp_path / "one.png").bits == 1
+
+
+def test_read_header_decodes_no_pixels(tmp_path, ramp):
+    path = _png(tmp_path / "cut.jpg", ramp)
+    path.write_bytes(path.read_bytes()[:-200])
+    assert images.read_header(path)[:2] == ramp.shape
+    with pytest.raises(images.ImageError, match="truncated"):
+        images.read(path)
+
+
+def test_headers_keep_the_order_and_give_reasons(tmp_path, ramp):
+    _png(tmp_path / "a.png", ramp)
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not pixels")
+    table = images.headers(tmp_path, ["text.png", "a.png", "empty.png", "none.png"])
+    assert table["image_path"].tolist() == ["text.png", "a.png", "empty.png", "none.png"]
+    assert table.loc[1, ["height", "width", "bits", "reason"]].tolist() == [40, 50, 8, ""]
+    assert table["bytes"].tolist()[:3] == [10, (tmp_path / "a.png").stat().st_size, 0]
+    assert [bool(reason) for reason in table["reason"]] == [True, False, True, True]
+    assert "not an image" in table["reason"][0] and "empty file" in table["reason"][2]
+    assert table["height"].isna().tolist() == [True, False, True, True] and table["bytes"].isna()[3]
+
+
+def test_headers_of_no_files_are_an_empty_table(tmp_path):
+    assert images.headers(tmp_path, []).columns.tolist() == [
+        *("image_path", "bytes", "height", "width", "format", "mode", "bits", "reason")
+    ]

@@ -58,3 +58,10 @@ def test_class_ids_and_targets_follow_the_given_order(frame):
     assert manifest.class_ids(frame, ("b", "a")).tolist() == [1, 0]
     assert manifest.targets(frame, CLASSES).tolist() == [[1, 0], [0, 1]]
     assert manifest.targets(frame, CLASSES).dtype == np.float32
+
+
+def test_samples_spread_over_each_class_in_class_order():
+    table = pd.DataFrame({"a": [1] * 9 + [0] * 3, "b": [0] * 9 + [1] * 2 + [np.nan]})
+    of_a, of_b = manifest.samples(table, ["a", "b"], count=3)
+    assert of_a.tolist() == [0, 4, 8] and of_b.tolist() == [9, 10]
+    assert manifest.samples(table.assign(c=0), ["c"])[0].tolist() == []

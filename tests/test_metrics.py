@@ -148,3 +148,27 @@ def test_tabulate_shows_value_interval_and_reason(scored):
     assert table.loc[("majority", "accuracy", "all"), "shown"] == "1.000 [1.000, 1.000]"
     assert table.loc[("net", "auroc", "b"), "shown"] == "no b in the test split"
     assert table.loc[("net", "accuracy", "all"), "baseline"] == "majority 1.000"
+
+
+def test_multiclass_rows_reference_is_compared_on_the_same_draws(scored):
+    ids, probabilities, groups = scored
+    answers = {
+        "net": probabilities,
+        "twin": probabilities,
+        "reversed": probabilities[::-1],
+        "majority": metrics.majority_probabilities(ids, 90, 3),
+    }
+    rows = metrics.multiclass_rows(ids, answers, groups, NAMES, task="t", reference="net", num_draws=100)
+    accuracy = {row["variant"]: row for row in rows if row["metric"] == "accuracy"}
+    assert "reference" not in accuracy["net"] and "reference" not in accuracy["majority"]
+    assert accuracy["twin"]["reference"]["difference"] == 0 and accuracy["twin"]["reference"]["difference_ci95"] == [
+        0,
+        0,
+    ]
+    other = accuracy["reversed"]["reference"]
+    assert other["difference"] == pytest.approx(accuracy["reversed"]["value"] - accuracy["net"]["value"])
+    assert other["difference_ci95"][0] < other["difference"] < other["difference_ci95"][1]
+    shown = metrics.tabulate(rows).set_index(["metric", "variant"])["to_reference"]
+    assert shown["accuracy", "twin"] == "+0.000 [+0.000, +0.000]" and shown["accuracy", "net"] == ""
+    with pytest.raises(ValueError, match="`reference` is 'nobody'"):
+        metrics.multiclass_rows(ids, answers, groups, NAMES, task="t", reference="nobody")

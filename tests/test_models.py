@@ -56,3 +56,26 @@ def test_compact_cnn_unfit_arguments_are_refused(arguments, message):
 def test_classification_head_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="'tanh'"):
         models.classification_head(keras.Input((4,)), 2, activation="tanh")
+
+
+def test_five_block_cnn_is_the_published_plain_network():
+    model = models.five_block_cnn((64, 64), 4)
+    # 2×2 kernels: 320 + 16,448 + 32,896 + 131,328 + 524,800; one position left: 131,328 + 32,896 + 516
+    assert model.count_params() == 870_532
+    assert [model.get_layer(f"block{number}").output.shape[1] for number in range(1, 6)] == [31, 15, 7, 3, 1]
+    for number in (1, 2):
+        assert float(model.get_layer(f"dense{number}").kernel_regularizer.l2) == pytest.approx(5e-4)
+    assert models.five_block_cnn((63, 63), 4).get_layer("block5").output.shape[1] == 1
+    with pytest.raises(ValueError, match="at least 63"):
+        models.five_block_cnn((62, 64), 4)
+
+
+def test_classifier_keeps_the_graph_flat_and_shares_the_extractors_weights(rng):
+    inputs = keras.Input((8, 8, 1), dtype="uint8", name="image")
+    x = keras.layers.Conv2D(3, 3, name="conv")(keras.layers.Rescaling(1 / 255)(inputs))
+    features = keras.Model(inputs, keras.layers.GlobalAveragePooling2D(name="pool")(x), name="tiny")
+    model = models.classifier(features, 2, dropout=0.5)
+    assert not any(isinstance(layer, keras.Model) for layer in model.layers)
+    assert model.get_layer("conv") is features.get_layer("conv") and model.name == "tiny"
+    probabilities = model.predict(rng.integers(0, 256, (3, 8, 8, 1), dtype=np.uint8), verbose=0)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)

@@ -119,6 +119,41 @@ def test_describe_notebook_without_the_packages_metadata_is_refused(project):
         notebooks.describe("10_tiny")
 
 
+LOOK = GOOD.split("row = ")[0].replace('"brain"', "tasks[0]") + 'runs.summarize(run, {"headline": ["4 images"]})'
+
+
+def _leave_system_to_a_parameter(name="system"):
+    path = paths.notebooks_root() / "10_tiny.ipynb"
+    text = path.read_text().replace('"system": "brain"', '"system": ""').replace("tasks[0]", name)
+    text = text.replace('tasks = [\\"a\\"]  # type: list', f'{name} = \\"brain\\"  # type: str')
+    path.write_text(text.replace('\\"tasks\\"', f'\\"{name}\\"'))
+    return notebooks.describe("10_tiny")
+
+
+def test_run_of_a_notebook_without_a_system_goes_where_its_parameter_says(project):
+    project(LOOK)
+    notebook = _leave_system_to_a_parameter()
+    parameters = notebooks.resolve(notebook, profile="smoke", given={})
+    assert (notebook.system, notebook.system_of(parameters)) == ("", "brain")
+    folder, executed = notebooks.run(notebook, parameters)
+    assert executed and folder.parent.name == "brain" and runs.status(folder)["system"] == "brain"
+    assert runs.read_json(folder / "summary.json") == {"data_source": "real", "headline": ["4 images"]}
+    assert notebooks.run(notebook, parameters) == (folder, False)
+
+
+def test_resolve_unknown_system_is_refused_with_the_known_ones(project):
+    project(LOOK)
+    notebook = _leave_system_to_a_parameter()
+    with pytest.raises(ValueError, match="system 'heart' is unknown; known are .*brain"):
+        notebooks.resolve(notebook, profile="smoke", given={"system": "heart"})
+
+
+def test_describe_notebook_that_names_no_system_anywhere_is_refused(project):
+    project(LOOK)
+    with pytest.raises(ValueError, match="names no system in its metadata and has no parameter `system`"):
+        _leave_system_to_a_parameter("part")
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -170,7 +205,7 @@ def test_run_leaves_a_complete_folder_and_does_not_repeat_it(project):
         ),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", None, "DeadKernelError"),
         ("import time; time.sleep(60)", 2, "CellTimeoutError"),
-        ("print('no metrics')", None, "ended without `runs.finish`"),
+        ("print('no metrics')", None, "ended without `runs.finish` or `runs.summarize`"),
     ],
     ids=["error", "dead kernel", "timeout", "no metrics"],
 )
@@ -231,7 +266,7 @@ def test_shipped_notebook_keeps_the_conventions(name):
     cells = content["cells"]
     assert cells[0]["cell_type"] == "markdown" and "**Data.**" in "".join(cells[0]["source"])
     assert cells[1]["metadata"]["tags"] == ["parameters"]
-    assert notebook.system in datasets.SYSTEMS
+    assert notebook.system_of(notebooks.resolve(notebook, profile="smoke", given={})) in datasets.SYSTEMS
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
     long = [

@@ -63,3 +63,56 @@ def test_model_diagram_counts_all_weights_once():
     )
     assert counted == model.count_params()
     assert f"{model.count_params():,}" in figure.get_suptitle()
+
+
+def test_heat_maps_overlay_shares_of_each_maximum_and_outline_boxes(rng):
+    images = rng.integers(0, 256, (3, 8, 8), dtype=np.uint8)
+    heat = rng.random((3, 8, 8)) * np.array([2, 1e-6, 0])[:, None, None]
+    boxes = np.array([[2, 1, 3, 4], [np.nan] * 4, [0, 0, 8, 8]])
+    figure = plots.heat_maps(images, heat, list("abc"), title="T", columns=2, boxes=boxes)
+    *shown, empty, bar = figure.axes
+    assert figure.get_suptitle() == "T" and bar.get_ylabel() == "share of the map's maximum"
+    assert [axis.get_title() for axis in shown] == list("abc") and not empty.images
+    for axis, image, largest in zip(shown, images, (1, 1, 0)):
+        np.testing.assert_array_equal(axis.images[0].get_array(), image)
+        assert axis.images[0].get_clim() == (0, 255) and axis.images[1].get_clim() == (0, 1)
+        assert axis.images[1].get_array().max() == largest
+        # The image shines through the hottest place, and is bare where there is no heat.
+        assert axis.images[1].get_alpha().max() == pytest.approx(largest * 2 / 3)
+    outlines = [[patch.get_bbox().bounds for patch in axis.patches] for axis in shown]
+    assert outlines == [[(1.5, 0.5, 3, 4)], [], [(-0.5, -0.5, 8, 8)]]
+
+
+def test_heat_maps_of_no_images_are_an_empty_figure():
+    figure = plots.heat_maps(np.zeros((0, 8, 8), np.uint8), np.zeros((0, 8, 8)), [], title="none wrong")
+    assert figure.get_suptitle() == "none wrong" and not any(axis.images for axis in figure.axes[:-1])
+
+
+def test_heat_maps_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"\(1, 2, 2\) and `images` \(1, 8, 8\).*upsample"):
+        plots.heat_maps(np.zeros((1, 8, 8), np.uint8), np.zeros((1, 2, 2)), ["a"], title="T")
+
+
+def test_class_counts_of_images_alone_name_no_groups_and_only_their_splits():
+    counts = pd.DataFrame({"test": [1, 2], "train": [3, 4]}, index=["a", "b"])
+    figure = plots.class_counts({"t": counts}, title="T")
+    assert [text.get_text() for text in figure.axes[0].texts] == [" 4", " 6"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["train", "test"]
+
+
+def test_image_sizes_draw_each_size_once_and_name_the_most_frequent():
+    files = pd.DataFrame({"height": [8, 8, 5, None], "width": [6, 6, 5, None]}, dtype="Int64")
+    figure = plots.image_sizes({"t": files, "u": files.head(2)}, title="T")
+    assert figure.get_suptitle() == "T" and figure.axes[0].get_title().startswith("t: 2 sizes")
+    assert figure.axes[1].get_title().startswith("u: 1 size,")
+    assert figure.axes[0].collections[0].get_offsets().tolist() == [[6, 8], [5, 5]]
+    assert figure.axes[0].texts[0].get_text() == "most: 8×6,\n2 of 3 files"
+
+
+def test_grey_levels_draw_a_line_a_class_in_percent():
+    shares = {name: np.full(256, 1 / 256) for name in "abcdefgh"}  # more classes than colours
+    figure = plots.grey_levels({"t": shares}, title="T")
+    lines = figure.axes[0].get_lines()
+    assert [line.get_label() for line in lines] == list("abcdefgh")
+    np.testing.assert_allclose(lines[0].get_ydata().sum(), 100)  # 256 equal terms
+    assert figure.axes[0].get_xlabel() == "grey level"

@@ -200,3 +200,59 @@ def test_write_table_round_trips(tmp_path):
     frame = pd.DataFrame({"a": [1, 2], "b": ["x, y", None]})
     runs.write_table(tmp_path / "t.csv", frame)
     assert pd.read_csv(tmp_path / "t.csv")["b"].tolist()[0] == "x, y"
+
+
+def test_summarize_writes_the_facts_and_completes_the_run():
+    run = _start()
+    written = runs.summarize(run, {"headline": ["4 images"], "sizes": np.array([1, 3]), "share": None})
+    assert written["data_source"] == "synthetic" and runs.status(run)["status"] == "complete"
+    assert runs.read_json(run / "summary.json") == {
+        "data_source": "synthetic",
+        "headline": ["4 images"],
+        "sizes": [1, 3],
+        "share": None,
+    }
+    runs.write_json(run / "metrics.json", {})
+    _start()  # anew: results of the earlier execution are gone
+    assert not (run / "summary.json").exists() and not (run / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("summary", "message"),
+    [
+        ({}, "no `headline`"),
+        ({"headline": "4 images"}, "list of sentences"),
+        ({"headline": ["a"], "x": {"y": [1.0, float("nan")]}}, r"1 numbers .* not finite.*\['x.y.1'\]"),
+        ({"headline": ["a"], "x": np.array([np.inf])}, r"\['x.0'\]"),
+    ],
+)
+def test_summarize_refuses_what_says_nothing(summary, message):
+    run = _start()
+    with pytest.raises(ValueError, match=message):
+        runs.summarize(run, summary)
+    assert runs.status(run)["status"] == "running" and not (run / "summary.json").exists()
+
+
+def test_find_takes_a_mere_look_at_data_only_where_it_is_asked_for():
+    options = {"fingerprint": "1", "data_source": "real", "environment": {}}
+    look = runs.start("brain", "01_eda", PARAMETERS, **options)
+    runs.summarize(look, {"headline": ["4 images"]})
+    with pytest.raises(FileNotFoundError, match="no complete run of brain"):
+        runs.find("brain")
+    for notebook in (None, "07_brain_mri"):
+        with pytest.raises(FileNotFoundError, match="only looks at data and has no model"):
+            runs.find("brain", notebook, run=look.name)
+    assert runs.find("brain", "01_eda") == runs.find("brain", "01_eda", run=look) == look
+    trained = _start()
+    runs.finish(trained, headline=[_row()], rows=[_row()])
+    assert runs.find("brain") == trained
+
+
+def test_collect_lists_a_run_with_a_summary_in_one_row_without_numbers(tmp_path):
+    runs.summarize(_start(fingerprint="1"), {"headline": ["4 images"]})
+    runs.finish(_start(fingerprint="2"), headline=[_row()], rows=[_row()])
+    table = runs.collect()
+    assert table["status"].tolist() == ["complete", "complete"]
+    assert sorted(table["value"].isna()) == [False, True]
+    assert runs.as_text(table).loc[table["value"].isna(), "metric"].tolist() == [""]
+    runs.write_html(tmp_path / "t.html", table)

@@ -70,3 +70,45 @@ def test_folds_partition_the_groups():
     fold = splits.folds(frame, CLASSES, num_folds=5)
     assert np.bincount(fold).tolist() == [30] * 5
     assert (frame.assign(fold=fold).groupby("group_id")["fold"].nunique() == 1).all()
+
+
+def test_cross_validate_tests_every_group_once_and_never_beside_its_training():
+    frame = _manifest((40, 30, 30))
+    manifests = splits.cross_validate(frame, CLASSES, num_folds=5, seed=1)
+    tested = sum((manifest["split"] == "test").astype(int) for manifest in manifests)
+    assert len(manifests) == 5 and (tested == 1).all()
+    for manifest in manifests:
+        audit.gate(manifest)
+        shares = manifest["split"].value_counts(normalize=True)
+        # 80 groups in 20 folds: 4 % of the images a fold
+        assert shares["test"] == pytest.approx(0.2, abs=0.011) and shares["valid"] == pytest.approx(0.15, abs=0.04)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cross_validate_class_of_two_groups_is_always_trained_on(seed):
+    for manifest in splits.cross_validate(_manifest((40, 40, 2)), CLASSES, num_folds=5, seed=seed):
+        assert splits.groups_per_split(manifest, CLASSES).loc["c", ("train", "groups")] >= 1
+
+
+def test_cross_validate_one_fold_is_refused_and_few_groups_make_fewer_folds():
+    with pytest.raises(ValueError, match="at least 2"):
+        splits.cross_validate(_manifest((5, 5, 5)), CLASSES, num_folds=1)
+    assert len(splits.cross_validate(_manifest((2, 2, 2)), CLASSES, num_folds=20)) == 6
+
+
+def test_published_keeps_the_test_split_and_marks_relatives_of_training_images():
+    frame = _manifest((20, 20, 20))
+    first, second = frame["group_id"].unique()[:2]
+    test = (frame["group_id"] == first) | (
+        frame["image_path"] == f"{second}_0.png"
+    )  # a group whole, of another one image
+    manifest = splits.published(frame.assign(split=np.where(test, "test", "train")), CLASSES, valid_share=0.2)
+    assert (manifest["split"] == "test").tolist() == test.tolist()
+    assert manifest.loc[manifest["leaked"], "image_path"].tolist() == [f"{second}_0.png"]
+    rest = manifest[~test]
+    assert (rest.groupby("group_id")["split"].nunique() == 1).all()
+    assert (rest["split"] == "valid").mean() == pytest.approx(0.2, abs=0.06)
+    with pytest.raises(audit.LeakError):
+        audit.gate(manifest)
+    with pytest.raises(ValueError, match="no published test split"):
+        splits.published(frame, CLASSES)

@@ -7,23 +7,40 @@ The published train and test folders are pooled and split anew by group, because
 slices of patients, or copies of images, that are in training.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
-from kerasmed import audit, augment, datasets, images, losses, metrics, models, pipelines, runs, splits, training
+from kerasmed import (
+    audit,
+    augment,
+    backbones,
+    datasets,
+    environment,
+    gradcam,
+    images,
+    layers,
+    losses,
+    models,
+    pipelines,
+    predictions,
+    runs,
+    splits,
+    training,
+)
 from kerasmed.datasets import brain as data
 from kerasmed.manifest import class_ids, targets
 
 NOTEBOOK = "07_brain_mri"  # whose runs `predict` uses
 CLASS_NAMES = data.CLASS_NAMES
-# A class of fewer groups cannot stand in train, valid and test at once.
-MIN_GROUPS = 3
+NETWORKS = ("compact", "five_block", *backbones.NAMES)
+AUGMENTATION_LIBRARIES = ("albumentations", "keras")
 
 
 @dataclass(frozen=True)
@@ -45,10 +62,19 @@ class Config:
     similarity: float
     test_share: float
     valid_share: float
+    folds: int
+    networks: Sequence[str]
+    weights: str
+    weights_seconds: float
     augmentation: Sequence[str]
+    augmentation_library: str
+    ablation: Sequence[str]
+    compare_class_weights: bool
+    published_protocol: bool
     batch_size: int
     epochs: int
     learning_rate: float
+    unfrozen_learning_rate: float
     weight_decay: float
     schedule: str
     stop_patience: int
@@ -66,16 +92,26 @@ class Config:
         size = len(self.image_size) == 2 and all(isinstance(side, int) and side >= 16 for side in self.image_size)
         _refuse("image_size", self.image_size, size, "[height, width], each at least 16")
         images.check_options(fit=self.fit, interpolation=self.interpolation)
-        augment.build(self.augmentation, tuple(self.image_size))
+        _refuse(
+            "networks",
+            self.networks,
+            set(self.networks) <= set(NETWORKS) and self.networks,
+            f"some of {', '.join(NETWORKS)}",
+        )
+        for given in [asdict(self), *map(_parse_recipe, self.ablation)]:
+            augment.build(given["augmentation"], tuple(self.image_size))
+            library = given["augmentation_library"]
+            _refuse("augmentation_library", library, library in AUGMENTATION_LIBRARIES, "albumentations or keras")
         for name in (
             "synthetic_patients_per_class",
             "synthetic_slices_per_patient",
+            "folds",
             "batch_size",
             "epochs",
             "bootstraps",
         ):
             _refuse(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("similarity", "test_share", "valid_share", "learning_rate"):
+        for name in ("similarity", "test_share", "valid_share", "learning_rate", "unfrozen_learning_rate"):
             _refuse(name, getattr(self, name), 0 < getattr(self, name) < 1, "a number between 0 and 1")
         _refuse("test_share", self.test_share, self.test_share + self.valid_share < 1, "with `valid_share` below 1")
         _refuse("dropout", self.dropout, 0 <= self.dropout < 1, "at least 0 and below 1")
@@ -120,24 +156,40 @@ def read(config: Config, source: datasets.Source, task: str) -> pipelines.Store:
     unread = [name for name in CLASS_NAMES[task] if not store.manifest[name].any()]
     if unread:
         raise ValueError(f"{task} has no readable image of {', '.join(unread)}; see {store.folder / 'quarantine.csv'}.")
-    manifest = store.manifest
-    if manifest["group_id"].isna().all():
-        found = audit.similarity_groups(store.thumbnails, threshold=config.similarity)
-        manifest = manifest.assign(group_id=[f"{task}-{number:05d}" for number in found])
+    manifest = audit.assign_groups(store.manifest, store.thumbnails, prefix=task, threshold=config.similarity)
     return store._replace(manifest=manifest)
 
 
-def split(config: Config, store: pipelines.Store, task: str) -> pipelines.Store:
-    """Split a store's rows anew by group, and refuse to go on where anything leaks."""
-    manifest = splits.assign(
-        store.manifest,
-        CLASS_NAMES[task],
-        test_share=config.test_share,
-        valid_share=config.valid_share,
-        seed=config.seed,
-    )
-    audit.gate(manifest)
-    return store._replace(manifest=manifest)
+def split(config: Config, store: pipelines.Store, task: str) -> list[pipelines.Store]:
+    """Split a store's rows anew by group, once or into `folds`, and refuse to go on where anything leaks.
+
+    Returns:
+        A store for each fold, which share their pixels; with `folds` 1 the only one's test split has `test_share`.
+    """
+    shares = {"valid_share": config.valid_share, "seed": config.seed}
+    names = CLASS_NAMES[task]
+    if config.folds == 1:
+        manifests = [splits.assign(store.manifest, names, test_share=config.test_share, **shares)]
+    else:
+        manifests = splits.cross_validate(store.manifest, names, num_folds=config.folds, **shares)
+    for manifest in manifests:
+        audit.gate(manifest)
+    return [store._replace(manifest=manifest) for manifest in manifests]
+
+
+def published_splits(config: Config, store: pipelines.Store, task: str) -> dict[str, pipelines.Store]:
+    """Keep the published test folder, leaks and all, for comparison with published results.
+
+    Returns:
+        The store with that split, as "published test", and without the test images that have a relative in training,
+        as "published test, clean" (where any are left); nothing where the set has no test folder.
+    """
+    if not (store.manifest["split"] == "test").any():
+        return {}
+    manifest = splits.published(store.manifest, CLASS_NAMES[task], valid_share=config.valid_share, seed=config.seed)
+    clean = manifest.assign(split=manifest["split"].mask(manifest["leaked"], "left out"))
+    found = {"published test": manifest, "published test, clean": clean}
+    return {name: store._replace(manifest=each) for name, each in found.items() if (each["split"] == "test").any()}
 
 
 def rows(store: pipelines.Store, split: str) -> np.ndarray:
@@ -145,25 +197,44 @@ def rows(store: pipelines.Store, split: str) -> np.ndarray:
     return np.flatnonzero(store.manifest["split"] == split)
 
 
-def samples(store: pipelines.Store, task: str, *, count: int = 8) -> np.ndarray:
-    """Return positions of `count` images of each class (fewer where there are fewer), spread over the class, int."""
-    ids = class_ids(store.manifest, CLASS_NAMES[task])
-    of_class = [np.flatnonzero(ids == number) for number in range(len(CLASS_NAMES[task]))]
-    return np.concatenate(
-        [found[np.linspace(0, len(found) - 1, min(count, len(found)), dtype=int)] for found in of_class]
-    )
+def build_model(config: Config, task: str, network: str) -> tuple[keras.Model, backbones.Receipt | None]:
+    """Build a network for a task.
+
+    Returns:
+        The model, and which tensors of a pretrained backbone's weights were taken over (None from scratch).
+    """
+    size, num_classes = tuple(config.image_size), len(CLASS_NAMES[task])
+    if network == "compact":
+        return models.compact_cnn(size, num_classes, dropout=config.dropout), None
+    if network == "five_block":
+        return models.five_block_cnn(size, num_classes), None
+    features, receipt = backbones.build(network, size, weights=config.weights, time_limit=config.weights_seconds)
+    return models.classifier(features, num_classes, dropout=config.dropout), receipt
 
 
-def build_model(config: Config, task: str) -> keras.Model:
-    """Build the compact residual network for a task."""
-    return models.compact_cnn(tuple(config.image_size), len(CLASS_NAMES[task]), dropout=config.dropout)
+def fetch_weights(config: Config) -> None:
+    """Have the weights of every pretrained network at hand, so that their lack shows before hours of training.
+
+    Raises:
+        kerasmed.backbones.DownloadError: a file is neither in the cache nor to be had.
+    """
+    if config.weights == "imagenet":
+        for network in config.networks:
+            if network in backbones.NAMES:
+                backbones.fetch(network, time_limit=config.weights_seconds)
+
+
+def recipe(config: Config):
+    """Build the augmentation that a configuration names, with Albumentations or with Keras's layers."""
+    build = layers.build_augmentation if config.augmentation_library == "keras" else augment.build
+    return build(config.augmentation, tuple(config.image_size))
 
 
 def make_datasets(config: Config, store: pipelines.Store, task: str):
     """Make the training datasets (a function of the first epoch) and the validation dataset."""
     y = targets(store.manifest, CLASS_NAMES[task])
     train, valid = rows(store, "train"), rows(store, "valid")
-    recipe = augment.build(config.augmentation, tuple(config.image_size))
+    augmentation = recipe(config)
 
     def train_from(first_epoch):
         return pipelines.training_dataset(
@@ -173,18 +244,27 @@ def make_datasets(config: Config, store: pipelines.Store, task: str):
             batch_size=config.batch_size,
             seed=config.seed,
             first_epoch=first_epoch,
-            augment=recipe,
+            augment=augmentation,
         )
 
     return train_from, pipelines.evaluation_dataset(store.images, valid, y[valid])
 
 
-def fit(config: Config, model: keras.Model, store: pipelines.Store, task: str, *, folder: Path) -> pd.DataFrame:
-    """Train a model on a store's training rows, or go on with it; see `kerasmed.training.fit`."""
+def fit(
+    config: Config, model: keras.Model, store: pipelines.Store, task: str, *, folder: Path, **options
+) -> pd.DataFrame:
+    """Train a model on a store's training rows, or go on with it; `options` of `training.fit` take precedence."""
     train_from, valid = make_datasets(config, store, task)
     train = rows(store, "train")
     ids = class_ids(store.manifest, CLASS_NAMES[task])[train]
     weights = losses.balanced_class_weights(ids, len(CLASS_NAMES[task])) if config.class_weights else None
+    options = {
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "schedule": config.schedule,
+        "stop_patience": config.stop_patience,
+        **options,
+    }
     return training.fit(
         model,
         train_from,
@@ -194,89 +274,193 @@ def fit(config: Config, model: keras.Model, store: pipelines.Store, task: str, *
         epochs=config.epochs,
         loss=losses.WeightedCategoricalCrossentropy(weights, config.focusing),
         metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        schedule=config.schedule,
-        stop_patience=config.stop_patience,
+        **options,
     )
+
+
+class Trained(NamedTuple):
+    """What a training left: a network's name (with its stage), its folder's name, history and predictions."""
+
+    variant: str
+    folder: str
+    history: pd.DataFrame
+    predictions: pd.DataFrame
+
+
+def stages(config: Config, network: str) -> list[tuple[str, str | None, dict]]:
+    """List the trainings of a network: variant, which part of a backbone learns (None: all), options of `fit`.
+
+    The compact network follows the configuration; the others the earlier work: Adam, a fifth of the rate where
+    validation loss stays for two epochs, stop after five. A backbone first learns its head alone, and then, from there
+    and at a lower rate, its last stage.
+    """
+    plateau = {"schedule": "plateau", "weight_decay": 0.0, "stop_patience": 5}
+    if network == "compact":
+        return [(network, None, {})]
+    if network == "five_block":
+        return [(network, None, plateau)]
+    lower = {**plateau, "learning_rate": config.unfrozen_learning_rate}
+    return [(f"{network}-head", "head", plateau), (f"{network}-unfrozen", "last_stage", lower)]
+
+
+def train(
+    config: Config, store: pipelines.Store, task: str, network: str, *, run: Path, label: str = ""
+) -> list[Trained]:
+    """Train a network in all its stages and predict every image of the store, or read what an earlier call finished.
+
+    Args:
+        config: the recipe.
+        store: with a split.
+        task: one of `CLASS_NAMES`.
+        network: one of `NETWORKS`.
+        run: the run folder; each stage goes to `variants/<task>-<variant>[-<label>]`.
+        label: tells trainings of the same network apart: a fold, an ablation.
+
+    Returns:
+        `Trained` of each stage.
+    """
+    planned = stages(config, network)
+    names = ["-".join(filter(None, (task, variant, label))) for variant, _, _ in planned]
+    folders = [runs.variant_folder(run, re.sub(r"[^\w.]+", "-", name)) for name in names]
+    if not all((folder / "predictions.csv").exists() for folder in folders):
+        environment.fresh(config.seed)
+        model, receipt = build_model(config, task, network)
+        for (variant, part, options), folder in zip(planned, folders):
+            print(f"{folder.name}: {len(rows(store, 'train'))} images to learn from", flush=True)
+            if part:
+                backbones.set_trainable(model, network, part)
+                runs.write_json(folder / "weights.json", receipt.as_dict() if receipt else {"source": "none"})
+            fit(config, model, store, task, folder=folder, **options)
+            runs.write_table(folder / "predictions.csv", predict_store(model, store, task, variant=variant))
+    # Read from the file in any case, so that a resumed run has the very numbers of an undisturbed one.
+    return [
+        Trained(
+            variant,
+            folder.name,
+            pd.read_csv(folder / "history.csv"),
+            predictions.read(folder / "predictions.csv"),
+        )
+        for (variant, _, _), folder in zip(planned, folders)
+    ]
 
 
 def predict_store(model: keras.Model, store: pipelines.Store, task: str, *, variant: str) -> pd.DataFrame:
-    """Predict every image of a store.
+    """Predict every image of a store, as a table of `kerasmed.predictions`."""
+    dataset = pipelines.evaluation_dataset(store.images, np.arange(len(store.manifest)))
+    return predictions.tabulate(store.manifest, model.predict(dataset, verbose=0), CLASS_NAMES[task], variant=variant)
+
+
+def choose(candidates: Sequence[Trained], task: str) -> Trained:
+    """Choose the network of the best balanced accuracy on the validation split; test images have no say."""
+    return max(
+        candidates,
+        key=lambda each: predictions.balanced_accuracy(each.predictions, CLASS_NAMES[task], split="valid"),
+    )
+
+
+def ablations(config: Config) -> dict[str, Config]:
+    """List what to try instead of the configuration, each with one thing changed, by name.
+
+    Augmentation recipes of `ablation` ("flip+rotate", "none", with "keras:" before it for Keras's layers), and class
+    weights turned on (or off).
+    """
+    changed = {f"augmentation {text}": replace(config, **_parse_recipe(text)) for text in config.ablation}
+    if config.compare_class_weights:
+        weighted = not config.class_weights
+        changed[f"class weights {'on' if weighted else 'off'}"] = replace(config, class_weights=weighted)
+    return changed
+
+
+def _parse_recipe(text: str) -> dict:
+    library, _, names = text.rpartition(":")
+    return {
+        "augmentation": [] if names == "none" else names.split("+"),
+        "augmentation_library": library or "albumentations",
+    }
+
+
+def ablate(config: Config, reference: Trained, store: pipelines.Store, task: str, *, run: Path) -> list[dict]:
+    """Train the first network again for each of `ablations`, and score them beside the training that they depart from.
 
     Returns:
-        DataFrame: the ids, split, variant, y_<class> and p_<class>.
+        Rows of `evaluate` with `reference`; none where there is nothing to try.
     """
-    names = CLASS_NAMES[task]
-    probabilities = model.predict(pipelines.evaluation_dataset(store.images, np.arange(len(store.manifest))), verbose=0)
-    ids = store.manifest[["image_path", "patient_id", "study_id", "group_id", "split"]].assign(variant=variant)
-    truth = store.manifest[list(names)].set_axis([f"y_{name}" for name in names], axis=1)
-    return pd.concat([ids, truth, pd.DataFrame(probabilities, columns=[f"p_{name}" for name in names])], axis=1)
+    tables = {reference.variant: [reference.predictions]}
+    for name, changed in ablations(config).items():
+        tables[name] = [train(changed, store, task, config.networks[0], run=run, label=name)[-1].predictions]
+    if len(tables) == 1:
+        return []
+    return evaluate(config, tables, [store], task, split="test of fold 1", reference=reference.variant)
 
 
-def scored(predictions: pd.DataFrame, store: pipelines.Store, task: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the test split's positions in the store, class ids, and predicted probabilities (num_images, 4)."""
-    test = rows(store, "test")
-    ids = class_ids(store.manifest, CLASS_NAMES[task])[test]
-    return test, ids, predictions.loc[test, [f"p_{name}" for name in CLASS_NAMES[task]]].to_numpy()
+def evaluate(
+    config: Config,
+    tables: Mapping[str, Sequence[pd.DataFrame]],
+    folds: Sequence[pipelines.Store],
+    task: str,
+    **options,
+) -> list[dict]:
+    """Score the test images of all folds; `options` of `kerasmed.predictions.evaluate`.
 
-
-def confident(
-    predictions: pd.DataFrame, store: pipelines.Store, task: str, *, right: bool, count: int = 8
-) -> np.ndarray:
-    """Return positions of the test images that were surest, right or wrong, one a group, surest first, int."""
-    test, truth, probabilities = scored(predictions, store, task)
-    found = pd.DataFrame(
-        {"position": test, "sure": probabilities.max(axis=1), "group": store.manifest["group_id"].to_numpy()[test]}
-    )
-    found = found[(probabilities.argmax(axis=1) == truth) == right].sort_values("sure", ascending=False, kind="stable")
-    return found.drop_duplicates("group")["position"].to_numpy()[:count]
-
-
-def evaluate(config: Config, predictions: pd.DataFrame, store: pipelines.Store, task: str) -> list[dict]:
-    """Score a task's test split beside majority and nearest neighbour, with intervals over groups.
-
-    Classes of fewer than three groups cannot be in all splits: the figures without them are given as well, over the
-    images of the other classes, with the probabilities of these.
+    Args:
+        config: `bootstraps` and `seed` are used.
+        tables: variant -> predictions of each fold.
+        folds: a store for each fold.
+        task: one of `CLASS_NAMES`.
 
     Returns:
         Rows of `kerasmed.metrics.multiclass_rows`.
     """
-    names = CLASS_NAMES[task]
-    test, truth, predicted = scored(predictions, store, task)
-    ids = class_ids(store.manifest, names)
-    num_groups = [store.manifest.loc[ids == number, "group_id"].nunique() for number in range(len(names))]
-    kept = np.flatnonzero(np.array(num_groups) >= MIN_GROUPS)
-    table = []
-    for classes in [np.arange(len(names))] + ([kept] if 1 < len(kept) < len(names) else []):
-        among = np.isin(truth, classes)
-        probabilities = {
-            predictions["variant"].iloc[0]: predicted[among][:, classes],
-            **_baselines(store, ids, test[among], classes),
-        }
-        table += metrics.multiclass_rows(
-            np.searchsorted(classes, truth[among]),
-            probabilities,
-            store.manifest["group_id"].to_numpy()[test[among]],
-            [names[number] for number in classes],
-            task=task,
-            prefix="" if len(classes) == len(names) else f"{len(classes)} classes: ",
-            num_draws=config.bootstraps,
-            seed=config.seed,
-        )
-    return table
+    return predictions.evaluate(
+        tables,
+        [store.manifest for store in folds],
+        folds[0].thumbnails,
+        CLASS_NAMES[task],
+        task=task,
+        num_draws=config.bootstraps,
+        seed=config.seed,
+        **options,
+    )
 
 
-def _baselines(store, ids, queries, classes) -> dict[str, np.ndarray]:
-    """Answers of majority and nearest neighbour to some images, learnt from the training images of some classes."""
-    train = rows(store, "train")
-    train = train[np.isin(ids[train], classes)]
-    known = np.searchsorted(classes, ids[train])
-    neighbour, _ = audit.nearest(store.thumbnails[queries], store.thumbnails[train])
-    return {
-        metrics.MAJORITY: metrics.majority_probabilities(known, len(queries), len(classes)),
-        metrics.NEAREST_NEIGHBOUR: np.eye(len(classes))[known[neighbour]],
-    }
+def sign_boxes(config: Config, source: datasets.Source, store: pipelines.Store) -> np.ndarray:
+    """Where the sign lies in each image of a synthetic store: x, y, width, height in its pixels, NaN where none is.
+
+    Returns:
+        float array, shape (num_images, 4).
+
+    Raises:
+        ValueError: images were padded, not stretched, to their size.
+    """
+    _refuse("fit", config.fit, config.fit == "stretch", "'stretch': boxes are scaled with the whole image")
+    paths = store.manifest["image_path"]
+    truth = pd.read_csv(data.folder(source.root) / "truth.csv").set_index("image_path").loc[paths]
+    sizes = images.headers(source.root, paths)[["width", "height"]].to_numpy(float)
+    scale = np.array(config.image_size[::-1]) / sizes
+    return truth[["x", "y", "width", "height"]].to_numpy() * np.tile(scale, 2)
+
+
+def pointing_game(
+    store: pipelines.Store, task: str, boxes: np.ndarray, explain: Callable[..., gradcam.Maps]
+) -> pd.DataFrame:
+    """Ask of each right answer to a test image with a sign whether Grad-CAM's peak lies on the sign.
+
+    Args:
+        store: with a split.
+        task: one of `CLASS_NAMES`.
+        boxes: of `sign_boxes`.
+        explain: of `kerasmed.gradcam.build`, for the model that is asked.
+
+    Returns:
+        DataFrame, a row an image: image_path, hit, and chance, the share of the image that the sign's box covers.
+    """
+    asked = rows(store, "test")
+    asked = asked[np.isfinite(boxes[asked]).all(axis=1)]
+    maps = explain(store.images[asked])
+    right = maps.class_ids == class_ids(store.manifest, CLASS_NAMES[task])[asked]
+    hits, chance = gradcam.pointing_game(maps.heat[right], boxes[asked[right]], store.images.shape[1:])
+    paths = store.manifest["image_path"].to_numpy()[asked[right]]
+    return pd.DataFrame({"image_path": paths, "hit": hits, "chance": chance})
 
 
 def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
@@ -288,51 +472,21 @@ def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
         progress: show a bar.
 
     Returns:
-        DataFrame, a row a file: image_path (relative to the folder), error ("" or why it could not be read), and for
-        each task `<task>` (the likeliest class) and `p_<class>`; empty for unreadable files.
-
-    Raises:
-        FileNotFoundError: no such path, or no image below it.
+        DataFrame of `kerasmed.pipelines.predict_files`, with the columns of each task.
     """
-    path = Path(path)
     params = runs.read_json(run / "params.json")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; name an image file or a folder of images.")
-    root = path if path.is_dir() else path.parent
-    found = list(datasets.files(path)) if path.is_dir() else [path]
-    names = [
-        Path(entry).relative_to(root).as_posix() for entry in found if Path(entry).suffix.lower() in images.SUFFIXES
-    ]
-    if not names:
-        raise FileNotFoundError(f"no image under {path}; files ending in {', '.join(images.SUFFIXES)} are read.")
-    loaded = {task: keras.saving.load_model(run / f"model-{task}.keras") for task in params["tasks"]}
-    tables = []
-    with tqdm(
-        total=len(names), unit="image", desc="predict", disable=not progress, mininterval=1, ascii=True, ncols=80
-    ) as bar:
-        for pixels, reasons in pipelines.decode_stream(root, names, **decode_options(params)):
-            readable = reasons == ""
-            table = pd.DataFrame({"error": reasons})
-            for task, model in loaded.items():
-                classes = CLASS_NAMES[task]
-                probabilities = np.full((len(reasons), len(classes)), np.nan, np.float32)
-                if readable.any():
-                    probabilities[readable] = model.predict_on_batch(pixels[readable][..., None])
-                table[task] = np.where(readable, np.array(classes)[np.nan_to_num(probabilities).argmax(axis=1)], "")
-                table[[f"p_{name}" for name in classes]] = probabilities
-            tables.append(table)
-            bar.update(len(reasons))
-    table = pd.concat(tables, ignore_index=True)
-    table.insert(0, "image_path", names)
-    return table
+    loaded = {
+        task: (keras.saving.load_model(run / f"model-{task}.keras"), CLASS_NAMES[task]) for task in params["tasks"]
+    }
+    return pipelines.predict_files(path, loaded, **decode_options(params), progress=progress)
 
 
-def headline(rows: Sequence[Mapping], *, variant: str) -> list[Mapping]:
+def headline(rows: Sequence[Mapping], *, task: str, variant: str) -> list[Mapping]:
     """Pick the rows that answer the notebook's question: accuracy and balanced accuracy over all classes that occur."""
     return [
         row
         for row in rows
-        if row["variant"] == variant
+        if (row["task"], row["variant"], row["split"]) == (task, variant, "test")
         and row["metric"] in ("accuracy", "balanced_accuracy")
         and (row["label"] == "all" or row["label"].endswith(": all"))
     ]

@@ -12,12 +12,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kerasmed import audit, datasets, environment, notebooks, runs
+from kerasmed import audit, datasets, environment, gradcam, notebooks, predictions, runs
 from kerasmed.manifest import class_ids
 from kerasmed.systems import brain
 
 QUICK = {
     "data_source": "auto",
+    "folds": 1,
+    "networks": ["compact"],
+    "ablation": [],
+    "compare_class_weights": False,
+    "published_protocol": False,
     "epochs": 2,
     "bootstraps": 50,
     "max_quarantined_share": 0.2,
@@ -36,9 +41,101 @@ def test_read_groups_slices_and_split_cuts_none(brain_root):
     config = _config()
     store = brain.read(config, datasets.Source(brain_root, "real"), "alzheimer")
     assert store.manifest["group_id"].nunique() == 24
-    store = brain.split(config, store, "alzheimer")
+    (store,) = brain.split(config, store, "alzheimer")
     assert store.manifest.groupby("group_id")["split"].nunique().eq(1).all()
     assert set(store.manifest["split"]) == {"train", "valid", "test"}
+
+
+def test_split_into_folds_tests_every_image_once(brain_root):
+    config = _config(folds=3)
+    parts = brain.split(config, brain.read(config, datasets.Source(brain_root, "real"), "brain_tumor"), "brain_tumor")
+    tested = np.concatenate([brain.rows(part, "test") for part in parts])
+    assert len(parts) == 3 and sorted(tested) == list(range(48))
+
+
+def test_published_splits_are_with_and_without_the_leaked_images(brain_root):
+    home = brain_root / "brain/brain_tumor"
+    source, config = datasets.Source(brain_root, "real"), _config()
+    store = brain.read(config, source, "brain_tumor")
+    assert brain.published_splits(config, store, "brain_tumor") == {}
+    # Patients have two slices, 0 and 1, 2 and 3, ...: one patient goes to test whole, of another one slice.
+    (home / "test/glioma_tumor").mkdir(parents=True)
+    for number in (0, 1, 2):
+        name = f"glioma_tumor/gl ({number}).jpg"
+        (home / "train" / name).rename(home / "test" / name)
+    found = brain.published_splits(config, brain.read(config, source, "brain_tumor"), "brain_tumor")
+    assert {name: len(brain.rows(part, "test")) for name, part in found.items()} == {
+        "published test": 3,
+        "published test, clean": 2,
+    }
+    with pytest.raises(audit.LeakError):
+        audit.gate(found["published test"].manifest)
+    audit.gate(found["published test, clean"].manifest.query("split != 'left out'"))
+
+
+def test_stages_of_a_backbone_are_its_head_and_then_its_last_stage():
+    config = _config(unfrozen_learning_rate=1e-5)
+    (head, part, _), (unfrozen, last, options) = brain.stages(config, "VGG19")
+    assert (head, part) == ("VGG19-head", "head") and (unfrozen, last) == ("VGG19-unfrozen", "last_stage")
+    assert options["learning_rate"] == 1e-5 and options["schedule"] == "plateau"
+    assert brain.stages(config, "compact") == [("compact", None, {})]
+
+
+def test_ablations_change_one_thing_each():
+    config = _config(ablation=["none", "keras:flip+rotate"], compare_class_weights=True, class_weights=True)
+    found = brain.ablations(config)
+    assert list(found) == ["augmentation none", "augmentation keras:flip+rotate", "class weights off"]
+    changed = {
+        name: {key: value for key, value in asdict(other).items() if value != asdict(config)[key]}
+        for name, other in found.items()
+    }
+    assert changed["augmentation none"] == {"augmentation": []}
+    assert changed["augmentation keras:flip+rotate"] == {
+        "augmentation": ["flip", "rotate"],
+        "augmentation_library": "keras",
+    }
+    assert changed["class weights off"] == {"class_weights": False}
+
+
+def test_train_backbone_goes_on_from_its_head_and_is_not_repeated(brain_root, tmp_path):
+    config = _config(weights="none", epochs=1, image_size=[32, 32], augmentation=[])
+    (store,) = brain.split(
+        config, brain.read(config, datasets.Source(brain_root, "real"), "brain_tumor"), "brain_tumor"
+    )
+    head, unfrozen = brain.train(config, store, "brain_tumor", "MobileNetV2", run=tmp_path, label="a b:c")
+    assert (head.folder, unfrozen.folder) == (
+        "brain_tumor-MobileNetV2-head-a-b-c",
+        "brain_tumor-MobileNetV2-unfrozen-a-b-c",
+    )
+    before, after = (
+        keras.saving.load_model(tmp_path / "variants" / each.folder / "model.keras") for each in (head, unfrozen)
+    )
+    same = [
+        np.array_equal(one, other)
+        for layer, twin in zip(before.layers, after.layers)
+        for one, other in zip(layer.get_weights(), twin.get_weights())
+    ]
+    assert not same[-1] and same[0] and 0 < sum(same) < len(same)  # head and last stage moved, the stem did not
+    written = (tmp_path / "variants" / head.folder / "model.keras").stat().st_mtime_ns
+    again = brain.train(config, store, "brain_tumor", "MobileNetV2", run=tmp_path, label="a b:c")
+    pd.testing.assert_frame_equal(again[1].predictions, unfrozen.predictions, check_exact=True)
+    assert (tmp_path / "variants" / head.folder / "model.keras").stat().st_mtime_ns == written
+
+
+def test_choose_looks_at_validation_only(brain_root):
+    config = _config()
+    (store,) = brain.split(
+        config, brain.read(config, datasets.Source(brain_root, "real"), "brain_tumor"), "brain_tumor"
+    )
+    names = brain.CLASS_NAMES["brain_tumor"]
+    right = np.eye(4)[class_ids(store.manifest, names)]
+    valid = (store.manifest["split"] == "valid").to_numpy()[:, None]
+    tables = [np.where(valid, right, 0.25), np.where(valid, right[:, ::-1], right)]
+    candidates = [
+        brain.Trained(str(number), "", None, predictions.tabulate(store.manifest, each, names, variant=str(number)))
+        for number, each in enumerate(tables)
+    ]
+    assert brain.choose(candidates, "brain_tumor").variant == "0"
 
 
 def test_read_uses_patients_where_given(brain_root):
@@ -65,6 +162,12 @@ def test_read_uses_patients_where_given(brain_root):
         ("schedule", "warm", "one of cosine"),
         ("augmentation", ["spin"], "known are flip"),
         ("fit", "squeeze", "expected one of"),
+        ("folds", 0, "at least 1"),
+        ("networks", [], "some of compact, five_block"),
+        ("networks", ["LeNet"], "some of compact, five_block"),
+        ("ablation", ["flip+spin"], "known are flip"),
+        ("ablation", ["torch:flip"], "albumentations or keras"),
+        ("augmentation_library", "torch", "albumentations or keras"),
     ],
 )
 def test_config_refuses_values_before_any_work(name, value, expected):
@@ -79,51 +182,39 @@ def test_read_class_without_readable_images_is_refused(brain_root):
         brain.read(_config(max_quarantined_share=0.9), datasets.Source(brain_root, "real"), "alzheimer")
 
 
-def test_samples_spread_over_each_class_in_class_order(brain_root):
-    store = brain.read(_config(), datasets.Source(brain_root, "real"), "brain_tumor")
-    positions = brain.samples(store, "brain_tumor", count=3)
-    labels = store.manifest.loc[positions, list(brain.CLASS_NAMES["brain_tumor"])].to_numpy().argmax(axis=1)
-    assert labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 and len(set(positions)) == 12
-
-
-def test_confident_shows_each_group_once_and_the_surest_first(brain_root):
-    store = brain.split(_config(), brain.read(_config(), datasets.Source(brain_root, "real"), "alzheimer"), "alzheimer")
-    names = brain.CLASS_NAMES["alzheimer"]
-    # Always the first class, surer from image to image.
-    sure = np.linspace(0.4, 0.9, len(store.manifest))
-    table = pd.DataFrame({f"p_{name}": (1 - sure) / 3 for name in names}).assign(**{f"p_{names[0]}": sure})
-    for right in (True, False):
-        positions = brain.confident(table, store, "alzheimer", right=right)
-        chosen = store.manifest.loc[positions]
-        assert len(positions) and (chosen["split"] == "test").all() and (chosen[names[0]] == right).all()
-        assert chosen["group_id"].is_unique and (np.diff(sure[positions]) < 0).all()
-
-
 def test_evaluate_scores_few_group_classes_apart(brain_root, rng):
     home = brain_root / "brain/alzheimer/train/ModerateDemented"
     for path in sorted(home.iterdir())[4:]:
         path.unlink()  # two patients are left
     config = _config(test_share=0.3)
-    store = brain.split(config, brain.read(config, datasets.Source(brain_root, "real"), "alzheimer"), "alzheimer")
-    probabilities = rng.dirichlet(np.ones(4), len(store.manifest))
-    predictions = pd.DataFrame(probabilities, columns=[f"p_{name}" for name in brain.CLASS_NAMES["alzheimer"]]).assign(
-        variant="net"
-    )
-    rows = brain.evaluate(config, predictions, store, "alzheimer")
-    labels = {row["label"] for row in brain.headline(rows, variant="net")}
-    assert labels == {"all", "3 classes: all"}
-    apart = next(
-        row
-        for row in rows
-        if row["label"] == "3 classes: all" and row["metric"] == "accuracy" and row["variant"] == "net"
-    )
-    test = store.manifest["split"] == "test"
-    kept = test & (store.manifest["ModerateDemented"] == 0)
-    expected = (
-        probabilities[kept][:, :3].argmax(axis=1)
-        == store.manifest.loc[kept, list(brain.CLASS_NAMES["alzheimer"][:3])].to_numpy().argmax(axis=1)
-    ).mean()
+    parts = brain.split(config, brain.read(config, datasets.Source(brain_root, "real"), "alzheimer"), "alzheimer")
+    names, manifest = brain.CLASS_NAMES["alzheimer"], parts[0].manifest
+    probabilities = rng.dirichlet(np.ones(4), len(manifest))
+    table = predictions.tabulate(manifest, probabilities, names, variant="net")
+    rows = brain.evaluate(config, {"net": [table]}, parts, "alzheimer")
+    found = brain.headline(rows, task="alzheimer", variant="net")
+    assert {row["label"] for row in found} == {"all", "3 classes: all"}
+    apart = next(row for row in found if row["label"] == "3 classes: all" and row["metric"] == "accuracy")
+    kept = (manifest["split"] == "test") & (manifest["ModerateDemented"] == 0)
+    truth = manifest.loc[kept, list(names[:3])].to_numpy().argmax(axis=1)
+    expected = (probabilities[kept][:, :3].argmax(axis=1) == truth).mean()
     assert apart["value"] == pytest.approx(expected) and apart["n"] == kept.sum()
+
+
+def test_sign_boxes_cover_the_sign_in_the_stores_pixels():
+    config = _config(data_source="synthetic", image_size=[48, 64], synthetic_patients_per_class=3)
+    source = datasets.locate("brain", asdict(config))
+    store = brain.read(config, source, "brain_tumor")
+    boxes = brain.sign_boxes(config, source, store)
+    signless = np.isnan(boxes).all(axis=1)
+    truth = pd.read_csv(source.root / "brain/truth.csv").set_index("image_path").loc[store.manifest["image_path"]]
+    assert (signless == (truth["signal"] == "no_tumor").to_numpy()).all() and 0 < signless.sum() < len(signless)
+    x, y, width, height = boxes[~signless].T
+    assert (x + width <= 64 + 1e-9).all() and (y + height <= 48 + 1e-9).all()
+    # The sign is a disc of 0.29 to 0.35 of either side, cut to whole pixels of the file (at least 77 a side).
+    assert ((width / 64 > 0.27) & (width / 64 < 0.39)).all() and ((height / 48 > 0.27) & (height / 48 < 0.39)).all()
+    with pytest.raises(ValueError, match="'stretch'"):
+        brain.sign_boxes(_config(fit="pad"), source, store)
 
 
 @pytest.mark.slow
@@ -133,9 +224,9 @@ def test_fit_on_synthetic_data_reaches_the_known_ceiling_and_no_more(tmp_path, t
     parameters = notebooks.resolve(notebook, profile="demo", given={})
     config = brain.Config(**{name: parameters[name] for name in brain.parameter_names()})
     environment.setup(seed=config.seed)
-    store = brain.split(config, brain.read(config, datasets.locate("brain", parameters), task), task)
-    model = brain.build_model(config, task)
-    brain.fit(config, model, store, task, folder=tmp_path / "run")
+    (store,) = brain.split(config, brain.read(config, datasets.locate("brain", parameters), task), task)
+    (trained,) = brain.train(config, store, task, "compact", run=tmp_path)
+    model = keras.saving.load_model(tmp_path / "variants" / trained.folder / "model.keras")
 
     # Patients that no part of the training set has seen, one image each: 400 independent trials.
     other = datasets.write_synthetic(
@@ -153,6 +244,13 @@ def test_fit_on_synthetic_data_reaches_the_known_ceiling_and_no_more(tmp_path, t
         "better than the label noise allows: a leak"
     )
 
+    # Grad-CAM of the reloaded model finds the planted sign, whose box covers about a tenth of the image.
+    tested = unseen._replace(manifest=unseen.manifest.assign(split="test"))
+    boxes = brain.sign_boxes(config, datasets.Source(other, "synthetic"), tested)
+    pointing = brain.pointing_game(tested, task, boxes, gradcam.build(model))
+    assert len(pointing) > 200 and pointing["chance"].mean() < 0.15
+    assert pointing["hit"].mean() >= 0.7
+
 
 @pytest.mark.parametrize("task", list(brain.CLASS_NAMES))
 def test_ceiling_shows_a_split_that_cuts_patients(task):
@@ -164,7 +262,7 @@ def test_ceiling_shows_a_split_that_cuts_patients(task):
     cut = store._replace(manifest=store.manifest.assign(group_id=[str(row) for row in range(len(store.manifest))]))
     ceiling, scores = 0.9, {}
     for name, each in (("whole", store), ("cut", cut)):
-        each = brain.split(config, each, task)
+        (each,) = brain.split(config, each, task)
         patients = store.manifest["group_id"][brain.rows(each, "test")]
         ids = class_ids(each.manifest, brain.CLASS_NAMES[task])
         test, train = brain.rows(each, "test"), brain.rows(each, "train")
@@ -250,7 +348,7 @@ def test_run_with_bad_files_then_predict_gives_the_same_probabilities(brain_root
     assert len(known) == 99
     for task, names in brain.CLASS_NAMES.items():
         columns = [f"p_{name}" for name in names]
-        expected = known[known["variant"] == f"{task}-compact"].set_index("image_path")[columns]
+        expected = known[known["task"] == task].set_index("image_path")[columns]
         got = raw.set_index("image_path").loc[expected.index, columns]
         # Batches of other sizes: float32 sums in another order.
         np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -81,6 +81,16 @@ def confident(table: pd.DataFrame, class_names: Sequence[str], *, right: bool, c
     return found.drop_duplicates("group")["index"].to_numpy()[:count]
 
 
+def captions(table: pd.DataFrame, class_names: Sequence[str]) -> list[str]:
+    """Say of each image its class, the answer and how sure it was, in three lines to stand above the picture."""
+    truth, probabilities = truth_and_probabilities(table, class_names)
+    likeliest, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    return [
+        f"{class_names[true]}\nread as {class_names[told]}\np = {p:.2f}"
+        for true, told, p in zip(truth, likeliest, sure)
+    ]
+
+
 def balanced_accuracy(table: pd.DataFrame, class_names: Sequence[str], *, split: str) -> float:
     """Mean sensitivity of the classes that occur in a split."""
     rows = table[table["split"] == split]

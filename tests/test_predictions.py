@@ -48,6 +48,11 @@ def test_confident_shows_each_group_once_and_the_surest_first():
     assert predictions.confident(table, NAMES, right=False, count=1).tolist() == [3]
 
 
+def test_captions_say_class_answer_and_sureness():
+    table = _table(_manifest([0, 2], "test"), [0, 1])
+    assert predictions.captions(table, NAMES) == ["a\nread as a\np = 0.80", "c\nread as b\np = 0.80"]
+
+
 def test_balanced_accuracy_by_hand():
     manifest = _manifest([0, 0, 0, 1, 2], ["valid", "valid", "valid", "valid", "test"])
     # class a: 2 of 3; class b: 1 of 1; class c does not occur in valid

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kerasmed import audit, datasets, environment, gradcam, notebooks, predictions, runs
+from kerasmed import audit, datasets, environment, gradcam, metrics, notebooks, predictions, runs
 from kerasmed.manifest import class_ids
 from kerasmed.systems import brain
 
@@ -295,6 +295,31 @@ def _run(brain_root, tmp_path, *extra, wait=True):
         assert process.returncode == 0, output
         return output
     return process
+
+
+@pytest.mark.slow
+def test_run_smoke_does_all_that_the_notebook_can():
+    notebook = notebooks.describe("07_brain_mri")
+    run, _ = notebooks.run(notebook, notebooks.resolve(notebook, profile="smoke", given={}))
+    content = runs.read_json(run / "metrics.json")
+    rows = pd.DataFrame(content["rows"])
+    assert set(rows["split"]) == {"test", "test of fold 1", "published test"}
+    tested, ablated = rows[rows["split"] == "test"], rows[rows["split"] == "test of fold 1"]
+    networks = {"compact", "MobileNetV2-head", "MobileNetV2-unfrozen", "chosen"}
+    assert set(tested["variant"]) == networks | set(metrics.BASELINES)
+    assert {row["variant"] for row in content["headline"]} == {"chosen"}
+    # Two folds test each of the 80 images of a task once; the ablation looks at the first alone.
+    assert set(tested["n"]) == {80} and ablated["n"].max() < 80
+    compared = ablated[(ablated["metric"] == "accuracy") & ablated["reference"].notna()]
+    assert set(compared["variant"]) == {"augmentation keras:flip+noise+rotate", "class weights on"}
+    assert {reference["variant"] for reference in compared["reference"]} == {"compact"}
+    split = pd.read_csv(run / "split.csv")
+    assert (split[split["split"] == "test"].groupby("image_path").size() == 1).all() and set(split["fold"]) == {1, 2}
+    assert runs.read_json(run / "variants/alzheimer-MobileNetV2-head-fold1/weights.json") == {"source": "none"}
+    figures = {path.stem for path in (run / "figures").iterdir()}
+    assert {"augmentation", "model-MobileNetV2", "explained-alzheimer-errors"} <= figures
+    for task in brain.CLASS_NAMES:
+        assert (pd.read_csv(run / f"pointing-{task}.csv")["chance"] < 0.2).all()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
 """
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -179,11 +180,17 @@ def metric_intervals(
 def model_diagram(model, *, title: str, columns: int = 6) -> Figure:
     """Draw a model block by block: layers whose names share the part before the first "_" are one box.
 
-    A box gives the block's name, its layer types, the shape that it puts out and its number of weights.
+    A box gives the block's name, its layer types, the shape that it puts out and its number of weights. Layers that
+    Keras named by itself ("conv2d_17") belong to the next one that has a name of its own.
     """
     blocks: dict[str, list] = {}
+    unnamed = []
     for layer in model.layers:
-        blocks.setdefault(layer.name.split("_")[0], []).append(layer)
+        given_by_keras = re.sub("(?<=[a-z])(?=[A-Z])", "_", type(layer).__name__).lower()
+        unnamed.append(layer)
+        if not re.fullmatch(rf"{given_by_keras}(_\d+)?", layer.name) or layer is model.layers[-1]:
+            blocks.setdefault(layer.name.split("_")[0], []).extend(unnamed)
+            unnamed = []
     rows = -(-len(blocks) // columns)
     figure, axes = _figure(11, 1.9 * rows + 0.5)
     axis = axes[0, 0]

@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -63,6 +64,16 @@ def test_model_diagram_counts_all_weights_once():
     )
     assert counted == model.count_params()
     assert f"{model.count_params():,}" in figure.get_suptitle()
+
+
+def test_model_diagram_puts_layers_named_by_keras_into_the_next_named_block():
+    x = inputs = keras.Input((8, 8, 1), name="image")
+    for number in range(2):
+        x = keras.layers.BatchNormalization()(keras.layers.Conv2D(4, 3)(x))
+        x = keras.layers.ReLU(name=f"mixed{number}")(x)
+    figure = plots.model_diagram(keras.Model(inputs, keras.layers.Flatten()(x)), title="net")
+    names = [text.get_text() for text in figure.axes[0].texts if text.get_weight() == "bold"]
+    assert names[:3] == ["image", "mixed0", "mixed1"] and len(names) == 4  # a last layer without a name stays its own
 
 
 def test_heat_maps_overlay_shares_of_each_maximum_and_outline_boxes(rng):

@@ -15,6 +15,8 @@ import logging
 import os
 import threading
 import urllib.request
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,13 +27,10 @@ import numpy as np
 from tqdm import tqdm
 
 from kerasmed import runs
-from kerasmed.layers import Preprocessing
+from kerasmed.layers import BATCH_NORM_MOMENTUM, Preprocessing
 
 logger = logging.getLogger(__name__)
 
-# In short trainings from scratch, Keras's default of 0.99 leaves the moving averages so far behind the weights that
-# inference mode stays at chance.
-BATCH_NORM_MOMENTUM = 0.9
 PARTS = ("head", "last_stage", "all")
 SOCKET_SECONDS = 30.0
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -174,7 +173,7 @@ def build(
         )
     if channels not in (1, 3):
         raise ValueError(f"`channels` is {channels!r}; expected 1 (grey) or 3 (red, green, blue).")
-    path = _weights_path(name, weights, time_limit)
+    path = find_weights(name, weights, time_limit=time_limit)
 
     scale, offset, bgr = backbone.preprocessing
     inputs = keras.Input((*image_size, channels), dtype="uint8", name="image")
@@ -194,8 +193,8 @@ def build(
     return model, transfer(model, tensors, source=source, min_share=min_share)
 
 
-def _weights_path(name, weights, time_limit) -> Path | None:
-    """Return the file that `weights` means, None for "none"."""
+def find_weights(name: str, weights: str | os.PathLike, *, time_limit: float = 600.0) -> Path | None:
+    """Return the file that `weights` of `build` means, None for "none"; it is not opened."""
     if weights == "none":
         return None
     if weights == "imagenet":
@@ -322,7 +321,7 @@ def read_tensors(path: str | os.PathLike) -> list[tuple[str, list[np.ndarray]]]:
     if path.suffix == ".keras":
         try:
             model = keras.saving.load_model(path, compile=False, safe_mode=True)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise WeightsError(f"{path} cannot be read as a whole .keras model: {error}") from error
         return [(layer.name, layer.get_weights()) for layer in _up_to_pool(model)]
     try:

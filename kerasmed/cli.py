@@ -128,7 +128,14 @@ def _show(table, folder: Path):
     click.secho(f"{folder.name}: {table['status'].iloc[0]}, {table['data_source'].iloc[0]} data", bold=True)
     if (folder / "summary.json").exists():
         click.echo("\n".join(f"  {line}" for line in runs.read_json(folder / "summary.json")["headline"]))
-        table = table.iloc[:0]
+    else:
+        _show_numbers(table)
+    near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    click.echo(f"  notebook  {near / 'notebook.ipynb'}\n  figures   {near / 'figures'}")
+
+
+def _show_numbers(table):
+    """Print rows of `runs.collect`, each beside its baseline."""
     numbers = dict.fromkeys(("ci_low", "ci_high", "difference", "difference_low", "difference_high"), float)
     for row in table.astype(numbers).to_dict("records"):
         metric, baseline = (row[name].replace("_", " ") for name in ("metric", "baseline"))
@@ -137,8 +144,6 @@ def _show(table, folder: Path):
             f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]   {baseline} {row['baseline_value']:.3f}, "
             f"difference {row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
         )
-    near = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    click.echo(f"  notebook  {near / 'notebook.ipynb'}\n  figures   {near / 'figures'}")
 
 
 @main.group()

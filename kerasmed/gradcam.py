@@ -24,10 +24,7 @@ NEGATIVE = "negative"
 # In logits per unit of a feature. A dead unit gives exactly 0, a saturated one some 1e-20; a real weight over a map of
 # 100×100 positions is about 1e-6.
 WEIGHT_TOLERANCE = 1e-12
-# For `default_layer`: what the usual networks end in at 224 pixels. Coarser maps point less well: over the true
-# positives of the two synthetic brain tasks at 64 pixels, the peak of a compact network's last map (4×4) lay in the
-# sign for 0.68 and 0.80, that of the map before (8×8) for 0.97 and 1.00; at 96 pixels 0.70 and 1.00 (6×6), 1.00 and
-# 1.00 (12×12).
+# For `default_layer`: what the usual networks end in at 224 pixels. Coarser maps point less well.
 MIN_MAP_SIDE = 7
 
 _LIKELIEST = -1
@@ -295,23 +292,6 @@ def upsample(heat: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     for target, map_ in zip(enlarged, heat):
         target[:] = cv2.resize(np.asarray(map_, np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     return enlarged
-
-
-def normalize(heat: np.ndarray) -> np.ndarray:
-    """Divide each map by its own maximum, for display; a map of zeros stays one.
-
-    Maps so treated say where, no longer how much: do not compare them between images.
-
-    Returns:
-        float32 array of `heat`'s shape, in [0, 1].
-
-    Example:
-        >>> normalize(np.array([[[1, 2], [0, 4]], [[0, 0], [0, 0]]])).tolist()
-        [[[0.25, 0.5], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]
-    """
-    heat = np.asarray(heat, np.float32)
-    largest = heat.max(axis=(1, 2), keepdims=True)
-    return np.divide(heat, largest, out=np.zeros_like(heat), where=largest > 0)
 
 
 # --- the pointing game -----------------------------------------------------------------------------------------------

@@ -9,6 +9,10 @@ from keras import ops
 
 from kerasmed import augment
 
+# Networks trained from scratch on small sets take few steps: with Keras's default of 0.99 the moving averages lag so
+# far behind the weights that inference mode stays at chance.
+BATCH_NORM_MOMENTUM = 0.9
+
 
 def _three(name, value):
     """Return `value` as three floats, one per output channel."""

@@ -137,12 +137,15 @@ def interval(draws: np.ndarray) -> list[float] | None:
 
 
 def majority_probabilities(train_ids: np.ndarray, num_rows: int, num_classes: int) -> np.ndarray:
-    """Baseline: give every row the class shares of the training split, whose largest is the majority class.
+    """Baseline: answer every row with the most frequent class of the training split.
+
+    Its AUROC is 0.5, also over several folds, where class shares would tell the folds apart.
 
     Returns:
         float array, shape (num_rows, num_classes).
     """
-    return np.tile(np.bincount(train_ids, minlength=num_classes) / len(train_ids), (num_rows, 1))
+    majority = np.bincount(train_ids, minlength=num_classes).argmax()
+    return np.tile(np.eye(num_classes)[majority], (num_rows, 1))
 
 
 def multiclass_rows(
@@ -259,30 +262,29 @@ def tabulate(rows: Sequence[Mapping]) -> pd.DataFrame:
         DataFrame: task, split, label, metric, variant, shown, baseline, difference, to_reference (where rows have
         one), n, n_groups.
     """
+    has_reference = any("reference" in row for row in rows)
     records = []
     for row in rows:
         rival, reference = row["baseline"], row.get("reference")
-        compared = (
-            {}
-            if not any("reference" in other for other in rows)
-            else {
-                "to_reference": _with_interval(reference["difference"], reference["difference_ci95"], "+")
-                if reference
-                else ""
-            }
-        )
+        compared = _with_interval(reference["difference"], reference["difference_ci95"], "+") if reference else ""
         records.append(
             {
                 **{name: row[name] for name in ("task", "split", "label", "metric", "variant")},
                 "shown": row["reason"] if row["value"] is None else _with_interval(row["value"], row["ci95"]),
                 "baseline": f"{rival['variant']} {rival['value']:.3f}" if rival else "",
                 "difference": _with_interval(rival["difference"], rival["difference_ci95"], "+") if rival else "",
-                **compared,
+                **({"to_reference": compared} if has_reference else {}),
                 "n": row["n"],
                 "n_groups": row["n_groups"],
             }
         )
     return pd.DataFrame(records)
+
+
+def wide(table: pd.DataFrame, values: str) -> pd.DataFrame:
+    """Lay a column of `tabulate` out with a column a metric, a row a variant."""
+    index = ["task", "split", "label", "n", "n_groups", "variant", "metric"]
+    return table.set_index(index)[values].unstack("metric", sort=False)
 
 
 def _with_interval(value, ends, sign=""):

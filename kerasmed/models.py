@@ -8,9 +8,9 @@ returns. The head is `Dense(name="logits")` in float32 and then the activation, 
 import keras
 from keras import layers
 
-# Networks trained from scratch on small sets take few steps: with Keras's default of 0.99 the moving averages lag so
-# far behind the weights that inference mode stays at chance.
-BATCH_NORM_MOMENTUM = 0.9
+from kerasmed.layers import BATCH_NORM_MOMENTUM
+
+FIVE_BLOCK_SIDE = 63  # pixels, of which five blocks leave one position
 
 
 def classification_head(features, num_classes: int, *, dropout: float = 0.0, activation: str = "softmax"):
@@ -122,8 +122,10 @@ def five_block_cnn(
     Returns:
         Uncompiled model, uint8 (batch, height, width, 1) -> float32 (batch, num_classes).
     """
-    if min(image_size) < 63:
-        raise ValueError(f"`image_size` is {tuple(image_size)}; five blocks need at least 63 pixels a side.")
+    if min(image_size) < FIVE_BLOCK_SIDE:
+        raise ValueError(
+            f"`image_size` is {tuple(image_size)}; five blocks need at least {FIVE_BLOCK_SIDE} pixels a side."
+        )
     inputs = keras.Input((*image_size, 1), dtype="uint8", name="image")
     x = layers.Rescaling(1 / 127.5, offset=-1.0, name="preprocess")(inputs)
     for number, width in enumerate((64, 64, 128, 256, 512), start=1):

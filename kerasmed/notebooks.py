@@ -8,6 +8,7 @@ the parameter `system`; its parameters are those of the cell tagged `parameters`
 import ast
 import contextlib
 import difflib
+import math
 import os
 import re
 import shutil
@@ -266,5 +267,5 @@ def _reason(error: BaseException) -> str:
 
 
 def quickest_first(notebooks: Sequence[Notebook], profile: str) -> list[Notebook]:
-    """Sort by a profile's budget, so that first results come soon; a profile without budgets leaves the order."""
-    return sorted(notebooks, key=lambda notebook: notebook.budget_minutes.get(profile, 0))
+    """Sort by a profile's budget, so that first results come soon; what has no budget comes last, in order."""
+    return sorted(notebooks, key=lambda notebook: notebook.budget_minutes.get(profile, math.inf))

@@ -37,7 +37,9 @@ def tabulate(
 
 def read(path) -> pd.DataFrame:
     """Read a table from CSV, ids as text."""
-    return pd.read_csv(path, dtype={name: str for name in ID_COLUMNS})
+    ids = dict.fromkeys(ID_COLUMNS, str)
+    # An id may be spelt "NA": only nothing is missing.
+    return pd.read_csv(path, dtype=ids, keep_default_na=False, na_values=dict.fromkeys(ID_COLUMNS, [""]))
 
 
 def truth_and_probabilities(table: pd.DataFrame, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -169,3 +171,14 @@ def _baselines(manifest, thumbnails, ids, classes) -> dict[str, np.ndarray]:
         metrics.MAJORITY: metrics.majority_probabilities(known, len(test), len(classes)),
         metrics.NEAREST_NEIGHBOUR: np.eye(len(classes))[known[neighbour]],
     }
+
+
+def headline(rows: Sequence[Mapping], *, task: str, variant: str) -> list[Mapping]:
+    """Pick the rows that answer the notebook's question: accuracy and balanced accuracy over all classes that occur."""
+    return [
+        row
+        for row in rows
+        if (row["task"], row["variant"], row["split"]) == (task, variant, "test")
+        and row["metric"] in ("accuracy", "balanced_accuracy")
+        and (row["label"] == "all" or row["label"].endswith(": all"))
+    ]

@@ -78,6 +78,10 @@ def fit(
         model.set_weights(keras.saving.load_model(folder / "model.keras").get_weights())
         return pd.read_csv(folder / "history.csv")
 
+    # What dropout draws in a stage must not depend on whether the stage before it was trained or found finished.
+    for variable in model.variables:
+        if variable.path.endswith("seed_generator_state"):
+            variable.assign(variable * np.array([1, 0], "uint32"))
     trained = keras.Model(model.inputs, model.get_layer("logits").output, name=model.name)
     rate = (
         keras.optimizers.schedules.CosineDecay(learning_rate, steps_per_epoch * epochs)

@@ -635,7 +635,7 @@ def test_build_of_each_backbone_agrees_with_keras_and_with_itself(name, tmp_path
     url = BACKBONES[name].url
     assert requested == [(url.rsplit("/", 1)[1], url, BACKBONES[name].md5)]
     if name != "EfficientNetB3":  # its rescaling has tests of its own
-        # Roundings of 1e-7 in the preprocessing, which the layers amplify up to 200 times (measured).
+        # Roundings of 1e-7 in the preprocessing, which the layers amplify.
         reference = _features(theirs, expected)
         np.testing.assert_allclose(features, reference, rtol=0, atol=1e-3 * np.abs(reference).max())
 

@@ -21,10 +21,11 @@ def _table(manifest, answers, sure=0.8):
 
 
 def test_table_comes_back_from_csv_as_it_was(tmp_path):
-    table = _table(_manifest([0, 1, 2], "test", groups=["007", "8", "9"]), [0, 1, 1])
+    table = _table(_manifest([0, 1, 2], "test", groups=["007", "NA", "9"]), [0, 1, 1])
     table.to_csv(tmp_path / "p.csv", index=False)
     back = predictions.read(tmp_path / "p.csv")
-    assert back["group_id"].tolist() == ["007", "8", "9"]
+    assert back["group_id"].tolist() == ["007", "NA", "9"]
+    assert back["patient_id"].isna().all()
     truth, probabilities = predictions.truth_and_probabilities(back, NAMES)
     assert truth.tolist() == [0, 1, 2] and probabilities.argmax(axis=1).tolist() == [0, 1, 1]
     np.testing.assert_array_equal(probabilities, predictions.truth_and_probabilities(table, NAMES)[1])
@@ -102,3 +103,12 @@ def test_evaluate_baselines_alone_by_hand(rng):
     accuracy = {row["variant"]: row["value"] for row in rows if row["metric"] == "accuracy"}
     assert accuracy == {"nearest_neighbour": pytest.approx(2 / 3), "majority": pytest.approx(1 / 3)}
     assert {(row["split"], row["n"], row["n_groups"]) for row in rows} == {("published", 3, 3)}
+
+
+def test_evaluate_majority_over_folds_of_unlike_prevalence_tells_nothing():
+    ids = np.array([0] * 9 + [1] * 3 + [0] * 7 + [1] * 5)
+    first = _manifest(ids, ["test"] * 12 + ["train"] * 12)
+    second = first.assign(split=["train"] * 12 + ["test"] * 12)
+    rows = predictions.evaluate({}, [first, second], np.zeros((24, 64, 64), np.uint8), NAMES[:2], task="t", num_draws=5)
+    areas = {row["label"]: row["value"] for row in rows if row["metric"] == "auroc" and row["variant"] == "majority"}
+    assert areas == {"a": 0.5, "b": 0.5}

@@ -1,7 +1,8 @@
 """Brain MRI: Alzheimer's severity and tumour type, each a four-class model.
 
-    kerasmed run 07_brain_mri --profile demo       synthetic data, about 2 minutes on 2 cores
-    kerasmed run 07_brain_mri --data-root DIR      real images, about 20 minutes on 2 cores
+    kerasmed run 07_brain_mri --profile demo                    synthetic data, about 5 minutes on 2 cores
+    kerasmed run 07_brain_mri --profile cpu --data-root DIR     real images, an hour or more on 2 cores
+    kerasmed run 07_brain_mri --data-root DIR                   real images, all that there is; for a GPU
 
 The published train and test folders are pooled and split anew by group, because both tasks' published test sets hold
 slices of patients, or copies of images, that are in training.
@@ -35,11 +36,16 @@ from kerasmed import (
     training,
 )
 from kerasmed.datasets import brain as data
+from kerasmed.datasets.synthetic import brain as synthetic
 from kerasmed.manifest import class_ids, targets
 
 NOTEBOOK = "07_brain_mri"  # whose runs `predict` uses
 CLASS_NAMES = data.CLASS_NAMES
 NETWORKS = ("compact", "five_block", *backbones.NAMES)
+SMALLEST_SIDE = {
+    "five_block": models.FIVE_BLOCK_SIDE,
+    **{name: backbone.smallest_side for name, backbone in backbones.BACKBONES.items()},
+}
 AUGMENTATION_LIBRARIES = ("albumentations", "keras")
 
 
@@ -98,6 +104,15 @@ class Config:
             set(self.networks) <= set(NETWORKS) and self.networks,
             f"some of {', '.join(NETWORKS)}",
         )
+        for name in ("tasks", "networks", "ablation"):
+            given = getattr(self, name)
+            _refuse(name, given, len(set(given)) == len(given), "each but once")
+        pretrained = [network for network in self.networks if network in backbones.NAMES]
+        one_file = self.weights in ("imagenet", "none") or len(pretrained) <= 1
+        _refuse("weights", self.weights, one_file, "imagenet or none, as a file fits one backbone only")
+        smallest = max([0, *(SMALLEST_SIDE.get(network, 0) for network in self.networks)])
+        expected = f"at least {smallest} pixels a side, for {', '.join(self.networks)}"
+        _refuse("image_size", self.image_size, min(self.image_size) >= smallest, expected)
         for given in [asdict(self), *map(_parse_recipe, self.ablation)]:
             augment.build(given["augmentation"], tuple(self.image_size))
             library = given["augmentation_library"]
@@ -113,7 +128,12 @@ class Config:
             _refuse(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("similarity", "test_share", "valid_share", "learning_rate", "unfrozen_learning_rate"):
             _refuse(name, getattr(self, name), 0 < getattr(self, name) < 1, "a number between 0 and 1")
-        _refuse("test_share", self.test_share, self.test_share + self.valid_share < 1, "with `valid_share` below 1")
+        test_share = self.test_share if self.folds == 1 else 1 / self.folds
+        _refuse("valid_share", self.valid_share, test_share + self.valid_share < 1, "with the test split's below 1")
+        _refuse("weights_seconds", self.weights_seconds, self.weights_seconds > 0, "more than 0")
+        for name in ("weight_decay", "focusing", "stop_patience"):
+            _refuse(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        _refuse("max_quarantined_share", self.max_quarantined_share, 0 <= self.max_quarantined_share <= 1, "0 to 1")
         _refuse("dropout", self.dropout, 0 <= self.dropout < 1, "at least 0 and below 1")
         _refuse(
             "schedule", self.schedule, self.schedule in training.SCHEDULES, f"one of {', '.join(training.SCHEDULES)}"
@@ -182,9 +202,9 @@ def published_splits(config: Config, store: pipelines.Store, task: str) -> dict[
 
     Returns:
         The store with that split, as "published test", and without the test images that have a relative in training,
-        as "published test, clean" (where any are left); nothing where the set has no test folder.
+        as "published test, clean" (where any are left); nothing where the set has no test folder, or none is asked for.
     """
-    if not (store.manifest["split"] == "test").any():
+    if not config.published_protocol or not (store.manifest["split"] == "test").any():
         return {}
     manifest = splits.published(store.manifest, CLASS_NAMES[task], valid_share=config.valid_share, seed=config.seed)
     clean = manifest.assign(split=manifest["split"].mask(manifest["leaked"], "left out"))
@@ -212,16 +232,16 @@ def build_model(config: Config, task: str, network: str) -> tuple[keras.Model, b
     return models.classifier(features, num_classes, dropout=config.dropout), receipt
 
 
-def fetch_weights(config: Config) -> None:
-    """Have the weights of every pretrained network at hand, so that their lack shows before hours of training.
+def find_weights(config: Config) -> None:
+    """Have the weights of every backbone at hand, so that their lack shows before hours of training.
 
     Raises:
         kerasmed.backbones.DownloadError: a file is neither in the cache nor to be had.
+        ValueError: `weights` is no such thing.
+        FileNotFoundError: no file at `weights`.
     """
-    if config.weights == "imagenet":
-        for network in config.networks:
-            if network in backbones.NAMES:
-                backbones.fetch(network, time_limit=config.weights_seconds)
+    for network in set(config.networks) & set(backbones.NAMES):
+        backbones.find_weights(network, config.weights, time_limit=config.weights_seconds)
 
 
 def recipe(config: Config):
@@ -288,17 +308,19 @@ class Trained(NamedTuple):
 
 
 def stages(config: Config, network: str) -> list[tuple[str, str | None, dict]]:
-    """List the trainings of a network: variant, which part of a backbone learns (None: all), options of `fit`.
+    """List the trainings of a network: variant, part of a backbone that learns (None: no backbone), options of `fit`.
 
     The compact network follows the configuration; the others the earlier work: Adam, a fifth of the rate where
-    validation loss stays for two epochs, stop after five. A backbone first learns its head alone, and then, from there
-    and at a lower rate, its last stage.
+    validation loss stays for two epochs, stop after five. A pretrained backbone first learns its head alone, and then,
+    from there and at a lower rate, its last stage; one without weights learns as a whole.
     """
     plateau = {"schedule": "plateau", "weight_decay": 0.0, "stop_patience": 5}
     if network == "compact":
         return [(network, None, {})]
     if network == "five_block":
         return [(network, None, plateau)]
+    if config.weights == "none":
+        return [(network, "all", plateau)]
     lower = {**plateau, "learning_rate": config.unfrozen_learning_rate}
     return [(f"{network}-head", "head", plateau), (f"{network}-unfrozen", "last_stage", lower)]
 
@@ -330,6 +352,9 @@ def train(
             if part:
                 backbones.set_trainable(model, network, part)
                 runs.write_json(folder / "weights.json", receipt.as_dict() if receipt else {"source": "none"})
+            if receipt:
+                left = len(receipt.unmatched_model)
+                print(f"  weights of {receipt.source}: {len(receipt.matched)} tensors matched, {left} left random")
             fit(config, model, store, task, folder=folder, **options)
             runs.write_table(folder / "predictions.csv", predict_store(model, store, task, variant=variant))
     # Read from the file in any case, so that a resumed run has the very numbers of an undisturbed one.
@@ -424,20 +449,11 @@ def evaluate(
 
 
 def sign_boxes(config: Config, source: datasets.Source, store: pipelines.Store) -> np.ndarray:
-    """Where the sign lies in each image of a synthetic store: x, y, width, height in its pixels, NaN where none is.
-
-    Returns:
-        float array, shape (num_images, 4).
-
-    Raises:
-        ValueError: images were padded, not stretched, to their size.
-    """
+    """Where the sign lies in each image: float (num_images, 4), see `synthetic.brain.sign_boxes`; NaN in real data."""
+    if source.kind == "real":
+        return np.full((len(store.manifest), 4), np.nan)
     _refuse("fit", config.fit, config.fit == "stretch", "'stretch': boxes are scaled with the whole image")
-    paths = store.manifest["image_path"]
-    truth = pd.read_csv(data.folder(source.root) / "truth.csv").set_index("image_path").loc[paths]
-    sizes = images.headers(source.root, paths)[["width", "height"]].to_numpy(float)
-    scale = np.array(config.image_size[::-1]) / sizes
-    return truth[["x", "y", "width", "height"]].to_numpy() * np.tile(scale, 2)
+    return synthetic.sign_boxes(source.root, store.manifest["image_path"], tuple(config.image_size))
 
 
 def pointing_game(
@@ -466,6 +482,8 @@ def pointing_game(
 def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
     """Predict raw image files with every model of a run, reading them as its training did.
 
+    With folds it is the first fold's model, which has learnt from part of the run's own images.
+
     Args:
         run: a complete run folder of 07_brain_mri.
         path: an image file or a folder, searched through.
@@ -479,14 +497,3 @@ def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
         task: (keras.saving.load_model(run / f"model-{task}.keras"), CLASS_NAMES[task]) for task in params["tasks"]
     }
     return pipelines.predict_files(path, loaded, **decode_options(params), progress=progress)
-
-
-def headline(rows: Sequence[Mapping], *, task: str, variant: str) -> list[Mapping]:
-    """Pick the rows that answer the notebook's question: accuracy and balanced accuracy over all classes that occur."""
-    return [
-        row
-        for row in rows
-        if (row["task"], row["variant"], row["split"]) == (task, variant, "test")
-        and row["metric"] in ("accuracy", "balanced_accuracy")
-        and (row["label"] == "all" or row["label"].endswith(": all"))
-    ]

@@ -1,6 +1,7 @@
 """The brain system end to end, as its user runs it."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kerasmed import audit, datasets, environment, gradcam, metrics, notebooks, predictions, runs
+from kerasmed import audit, backbones, datasets, environment, gradcam, metrics, notebooks, predictions, runs
 from kerasmed.manifest import class_ids
 from kerasmed.systems import brain
 
@@ -47,7 +48,7 @@ def test_read_groups_slices_and_split_cuts_none(brain_root):
 
 
 def test_split_into_folds_tests_every_image_once(brain_root):
-    config = _config(folds=3)
+    config = _config(folds=3, valid_share=0.2)
     parts = brain.split(config, brain.read(config, datasets.Source(brain_root, "real"), "brain_tumor"), "brain_tumor")
     tested = np.concatenate([brain.rows(part, "test") for part in parts])
     assert len(parts) == 3 and sorted(tested) == list(range(48))
@@ -55,7 +56,7 @@ def test_split_into_folds_tests_every_image_once(brain_root):
 
 def test_published_splits_are_with_and_without_the_leaked_images(brain_root):
     home = brain_root / "brain/brain_tumor"
-    source, config = datasets.Source(brain_root, "real"), _config()
+    source, config = datasets.Source(brain_root, "real"), _config(published_protocol=True)
     store = brain.read(config, source, "brain_tumor")
     assert brain.published_splits(config, store, "brain_tumor") == {}
     # Patients have two slices, 0 and 1, 2 and 3, ...: one patient goes to test whole, of another one slice.
@@ -74,11 +75,13 @@ def test_published_splits_are_with_and_without_the_leaked_images(brain_root):
 
 
 def test_stages_of_a_backbone_are_its_head_and_then_its_last_stage():
-    config = _config(unfrozen_learning_rate=1e-5)
+    config = _config(unfrozen_learning_rate=1e-5, weights="imagenet")
     (head, part, _), (unfrozen, last, options) = brain.stages(config, "VGG19")
     assert (head, part) == ("VGG19-head", "head") and (unfrozen, last) == ("VGG19-unfrozen", "last_stage")
     assert options["learning_rate"] == 1e-5 and options["schedule"] == "plateau"
     assert brain.stages(config, "compact") == [("compact", None, {})]
+    ((whole, part, _),) = brain.stages(_config(weights="none"), "VGG19")
+    assert (whole, part) == ("VGG19", "all")
 
 
 def test_ablations_change_one_thing_each():
@@ -97,29 +100,55 @@ def test_ablations_change_one_thing_each():
     assert changed["class weights off"] == {"class_weights": False}
 
 
-def test_train_backbone_goes_on_from_its_head_and_is_not_repeated(brain_root, tmp_path):
-    config = _config(weights="none", epochs=1, image_size=[32, 32], augmentation=[])
-    (store,) = brain.split(
-        config, brain.read(config, datasets.Source(brain_root, "real"), "brain_tumor"), "brain_tumor"
-    )
-    head, unfrozen = brain.train(config, store, "brain_tumor", "MobileNetV2", run=tmp_path, label="a b:c")
-    assert (head.folder, unfrozen.folder) == (
+def _pretrained(tmp_path):
+    """A MobileNetV2 whose file passes for pretrained, and a task's split."""
+    environment.fresh(7)
+    features, _ = backbones.build("MobileNetV2", (32, 32), weights="none")
+    features.save(tmp_path / "pretrained.keras")
+    return _config(weights=str(tmp_path / "pretrained.keras"), networks=["MobileNetV2"], epochs=1, image_size=[32, 32])
+
+
+def test_train_backbone_learns_its_head_then_its_last_stage_and_is_not_repeated(brain_root, tmp_path, capsys):
+    config = _pretrained(tmp_path)
+    store = brain.read(config, datasets.Source(brain_root, "real"), "brain_tumor")
+    (store,) = brain.split(config, store, "brain_tumor")
+    parts = brain.train(config, store, "brain_tumor", "MobileNetV2", run=tmp_path, label="a b:c")
+    folders = [tmp_path / "variants" / each.folder for each in parts]
+    assert [folder.name for folder in folders] == [
         "brain_tumor-MobileNetV2-head-a-b-c",
         "brain_tumor-MobileNetV2-unfrozen-a-b-c",
-    )
-    before, after = (
-        keras.saving.load_model(tmp_path / "variants" / each.folder / "model.keras") for each in (head, unfrozen)
-    )
-    same = [
-        np.array_equal(one, other)
-        for layer, twin in zip(before.layers, after.layers)
-        for one, other in zip(layer.get_weights(), twin.get_weights())
     ]
-    assert not same[-1] and same[0] and 0 < sum(same) < len(same)  # head and last stage moved, the stem did not
-    written = (tmp_path / "variants" / head.folder / "model.keras").stat().st_mtime_ns
+    assert "260 tensors matched, 0 left random" in capsys.readouterr().out
+    assert runs.read_json(folders[0] / "weights.json")["share"] == 1
+    start, head, unfrozen = (
+        {layer.name: layer for layer in keras.saving.load_model(path).layers}
+        for path in (tmp_path / "pretrained.keras", *(folder / "model.keras" for folder in folders))
+    )
+
+    def changed(one, other):
+        return {
+            name
+            for name in one.keys() & other.keys()
+            if any(not np.array_equal(*pair) for pair in zip(one[name].get_weights(), other[name].get_weights()))
+        }
+
+    assert changed(start, head) == set() and "logits" in changed(head, unfrozen)
+    names = list(unfrozen)
+    last_stage = set(names[names.index("block_12_add") + 1 :])
+    moved = changed(head, unfrozen)
+    assert {"Conv_1", "block_13_expand"} <= moved <= last_stage
+    assert not any(isinstance(unfrozen[name], keras.layers.BatchNormalization) for name in moved)
+
+    written = (folders[0] / "model.keras").stat().st_mtime_ns
     again = brain.train(config, store, "brain_tumor", "MobileNetV2", run=tmp_path, label="a b:c")
-    pd.testing.assert_frame_equal(again[1].predictions, unfrozen.predictions, check_exact=True)
-    assert (tmp_path / "variants" / head.folder / "model.keras").stat().st_mtime_ns == written
+    pd.testing.assert_frame_equal(again[1].predictions, parts[1].predictions, check_exact=True)
+    assert (folders[0] / "model.keras").stat().st_mtime_ns == written
+
+    # Killed between its stages, it ends with the same weights: dropout's draws do not depend on the stage before.
+    shutil.rmtree(folders[1])
+    brain.train(config, store, "brain_tumor", "MobileNetV2", run=tmp_path, label="a b:c")
+    resumed = {layer.name: layer for layer in keras.saving.load_model(folders[1] / "model.keras").layers}
+    assert changed(unfrozen, resumed) == set()
 
 
 def test_choose_looks_at_validation_only(brain_root):
@@ -165,6 +194,12 @@ def test_read_uses_patients_where_given(brain_root):
         ("folds", 0, "at least 1"),
         ("networks", [], "some of compact, five_block"),
         ("networks", ["LeNet"], "some of compact, five_block"),
+        ("networks", ["compact", "compact"], "each but once"),
+        ("tasks", ["alzheimer", "alzheimer"], "each but once"),
+        ("networks", ["compact", "five_block", "Xception"], "at least 71 pixels a side"),
+        ("weights_seconds", 0.0, "more than 0"),
+        ("focusing", -1.0, "at least 0"),
+        ("max_quarantined_share", 5.0, "0 to 1"),
         ("ablation", ["flip+spin"], "known are flip"),
         ("ablation", ["torch:flip"], "albumentations or keras"),
         ("augmentation_library", "torch", "albumentations or keras"),
@@ -173,6 +208,21 @@ def test_read_uses_patients_where_given(brain_root):
 def test_config_refuses_values_before_any_work(name, value, expected):
     with pytest.raises(ValueError, match=expected):
         _config(**{name: value})
+
+
+def test_config_refuses_what_two_parameters_make_together():
+    with pytest.raises(ValueError, match="a file fits one backbone only"):
+        _config(networks=["VGG19", "ResNet50"], weights="mine.keras")
+    with pytest.raises(ValueError, match="`valid_share` is 0.6"):
+        _config(folds=2, valid_share=0.6)
+
+
+def test_find_weights_refuses_before_any_training():
+    with pytest.raises(FileNotFoundError, match="no file at `weights` = gone.keras"):
+        brain.find_weights(_config(networks=["VGG19"], weights="gone.keras"))
+    with pytest.raises(ValueError, match="'ImageNet'; expected 'imagenet', 'none'"):
+        brain.find_weights(_config(networks=["compact", "VGG19"], weights="ImageNet"))
+    brain.find_weights(_config(networks=["compact"], weights="imagenet"))  # nothing to have
 
 
 def test_read_class_without_readable_images_is_refused(brain_root):
@@ -192,7 +242,7 @@ def test_evaluate_scores_few_group_classes_apart(brain_root, rng):
     probabilities = rng.dirichlet(np.ones(4), len(manifest))
     table = predictions.tabulate(manifest, probabilities, names, variant="net")
     rows = brain.evaluate(config, {"net": [table]}, parts, "alzheimer")
-    found = brain.headline(rows, task="alzheimer", variant="net")
+    found = predictions.headline(rows, task="alzheimer", variant="net")
     assert {row["label"] for row in found} == {"all", "3 classes: all"}
     apart = next(row for row in found if row["label"] == "3 classes: all" and row["metric"] == "accuracy")
     kept = (manifest["split"] == "test") & (manifest["ModerateDemented"] == 0)
@@ -305,7 +355,7 @@ def test_run_smoke_does_all_that_the_notebook_can():
     rows = pd.DataFrame(content["rows"])
     assert set(rows["split"]) == {"test", "test of fold 1", "published test"}
     tested, ablated = rows[rows["split"] == "test"], rows[rows["split"] == "test of fold 1"]
-    networks = {"compact", "MobileNetV2-head", "MobileNetV2-unfrozen", "chosen"}
+    networks = {"compact", "MobileNetV2", "chosen"}
     assert set(tested["variant"]) == networks | set(metrics.BASELINES)
     assert {row["variant"] for row in content["headline"]} == {"chosen"}
     # Two folds test each of the 80 images of a task once; the ablation looks at the first alone.
@@ -315,11 +365,11 @@ def test_run_smoke_does_all_that_the_notebook_can():
     assert {reference["variant"] for reference in compared["reference"]} == {"compact"}
     split = pd.read_csv(run / "split.csv")
     assert (split[split["split"] == "test"].groupby("image_path").size() == 1).all() and set(split["fold"]) == {1, 2}
-    assert runs.read_json(run / "variants/alzheimer-MobileNetV2-head-fold1/weights.json") == {"source": "none"}
+    assert runs.read_json(run / "variants/alzheimer-MobileNetV2-fold1/weights.json") == {"source": "none"}
     figures = {path.stem for path in (run / "figures").iterdir()}
     assert {"augmentation", "model-MobileNetV2", "explained-alzheimer-errors"} <= figures
     for task in brain.CLASS_NAMES:
-        assert (pd.read_csv(run / f"pointing-{task}.csv")["chance"] < 0.2).all()
+        assert list(pd.read_csv(run / f"pointing-{task}.csv")) == ["image_path", "hit", "chance"]
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 
-from kerasmed import runs
+from kerasmed import images, runs
 from kerasmed.datasets.brain import CLASS_NAMES
 
 # The class order of CLASS_NAMES; None: the class has no sign.
@@ -94,6 +95,23 @@ def write(
         _write_text(writing / "synthetic.json", json.dumps(description, indent=2) + "\n")
     _refuse_other(target, description)  # another process may have written there meanwhile
     return root
+
+
+def sign_boxes(root: str | os.PathLike, image_paths: Sequence[str], image_size: tuple[int, int]) -> np.ndarray:
+    """Read where the sign lies in images of a set, in pixels of images stretched to one size.
+
+    Args:
+        root: data root of a synthetic set.
+        image_paths: relative to it.
+        image_size: (height, width).
+
+    Returns:
+        float array, shape (num_images, 4): x, y, width, height; NaN in images of the class without a sign.
+    """
+    truth = pd.read_csv(Path(root) / "brain" / "truth.csv").set_index("image_path").loc[list(image_paths)]
+    sizes = images.headers(root, list(image_paths))[["width", "height"]].to_numpy(float)
+    scale = np.array(image_size[::-1]) / sizes
+    return truth[["x", "y", "width", "height"]].to_numpy() * np.tile(scale, 2)
 
 
 def _checked_parameters(patients_per_class, slices_per_patient, label_noise, image_size, seed) -> dict:

@@ -240,8 +240,9 @@ def find_weights(config: Config) -> None:
         ValueError: `weights` is no such thing.
         FileNotFoundError: no file at `weights`.
     """
-    for network in set(config.networks) & set(backbones.NAMES):
-        backbones.find_weights(network, config.weights, time_limit=config.weights_seconds)
+    for network in config.networks:
+        if network in backbones.NAMES:
+            backbones.find_weights(network, config.weights, time_limit=config.weights_seconds)
 
 
 def recipe(config: Config):

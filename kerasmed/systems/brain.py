@@ -1,7 +1,7 @@
 """Brain MRI: Alzheimer's severity and tumour type, each a four-class model.
 
     kerasmed run 07_brain_mri --profile demo                    synthetic data, about 6 minutes on 2 cores
-    kerasmed run 07_brain_mri --profile cpu --data-root DIR     real images, about 90 minutes on 2 cores
+    kerasmed run 07_brain_mri --profile cpu --data-root DIR     real images, under two hours on 2 cores
     kerasmed run 07_brain_mri --data-root DIR                   real images, all that there is; for a GPU
 
 The published train and test folders are pooled and split anew by group, because both tasks' published test sets hold

@@ -1,4 +1,4 @@
-"""Nine backbones behind one builder: uint8 pixels in, pooled features out, weights with a receipt.
+"""Ten backbones behind one builder: uint8 pixels in, pooled features out, weights with a receipt.
 
 `build` lays the graph of `keras.applications` flat behind the preprocessing its weights were trained with, so that
 Grad-CAM reaches every layer and a saved `.keras` file takes grey pixels. Weights are matched by shape in graph order,
@@ -35,6 +35,8 @@ PARTS = ("head", "last_stage", "all")
 SOCKET_SECONDS = 30.0
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# Rescaled once more where Keras builds them with ImageNet weights, and only there: see `_fold_rescaling`.
+_RESCALED = ("EfficientNetB0", "EfficientNetB3")
 # How the pixels were prepared when the weights were trained: scale, offset, blue first.
 _STANDARDISED = (
     [1 / (255 * std) for std in IMAGENET_STD],
@@ -78,6 +80,9 @@ BACKBONES = {
     ),
     "MobileNetV2": Backbone(
         _TO_ONE, 32, "block_12_add", f"{_TF}mobilenet_v2/mobilenet_v2_{_TF_KERNELS}_1.0_224_no_top.h5", None
+    ),
+    "EfficientNetB0": Backbone(
+        _RAW, 32, "block5c_add", f"{_KERAS}efficientnetb0_notop.h5", "50bc09e76180e00e4465e1a485ddc09d"
     ),
     "EfficientNetB3": Backbone(
         _RAW, 32, "block5e_add", f"{_KERAS}efficientnetb3_notop.h5", "af6d107764bb5b1abb91932881670226"
@@ -151,7 +156,7 @@ def build(
         image_size: (height, width) in pixels, each at least 32 (Xception 71, InceptionV3 75).
         channels: 1 (grey) or 3 (red, green, blue).
         weights: "imagenet"; "none" for random ones, with BatchNorm momentum 0.9; a whole `.keras` model of the same
-            backbone, whose head may differ; or a `.h5` file of keras.applications. For EfficientNetB3, a `.h5` file
+            backbone, whose head may differ; or a `.h5` file of keras.applications. For EfficientNets B, a `.h5` file
             is read as keras.applications reads its own, with the extra rescaling that goes with it.
         time_limit: seconds that a download may take.
         min_share: share of tensors that must match; see `transfer`.
@@ -178,7 +183,7 @@ def build(
     scale, offset, bgr = backbone.preprocessing
     inputs = keras.Input((*image_size, channels), dtype="uint8", name="image")
     x = Preprocessing(scale, offset, bgr=bgr, name="preprocess")(inputs)
-    # Never weights="imagenet": it has no time limit, gives no receipt, and makes another graph of EfficientNetB3.
+    # Never weights="imagenet": it has no time limit, gives no receipt, and makes another graph of some EfficientNets.
     graph = getattr(keras.applications, name)(weights=None, include_top=False, input_tensor=x)
     model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D(name="pool")(graph.output), name=name)
     if path is None:
@@ -187,7 +192,7 @@ def build(
                 layer.momentum = BATCH_NORM_MOMENTUM
         return model, None
     tensors = read_tensors(path)
-    if name == "EfficientNetB3":
+    if name in _RESCALED:
         tensors = _fold_rescaling(tensors, legacy=path.suffix == ".h5")
     source = f"imagenet: {path.name}" if weights == "imagenet" else str(path)
     return model, transfer(model, tensors, source=source, min_share=min_share)
@@ -350,7 +355,7 @@ def _attribute(group, name) -> list[str]:
 
 
 def _fold_rescaling(tensors, *, legacy: bool):
-    """Fold the rescaling that EfficientNetB3 has only with ImageNet weights into its Normalization.
+    """Fold the rescaling that EfficientNets have only with ImageNet weights into its Normalization.
 
     keras.applications divides by √std once more after Normalization, if and only if weights="imagenet":
     (x − mean) / √variance / √std = (x − mean) / √(variance · std). A legacy file does not hold that layer, and one of

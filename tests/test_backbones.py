@@ -24,6 +24,7 @@ MODULES = {
     "ResNet50": "resnet",
     "InceptionV3": "inception_v3",
     "MobileNetV2": "mobilenet_v2",
+    "EfficientNetB0": "efficientnet",
     "EfficientNetB3": "efficientnet",
     "EfficientNetV2S": "efficientnet_v2",
     "Xception": "xception",
@@ -172,36 +173,36 @@ def test_build_from_imagenet_takes_the_cached_file_and_says_so(mobile, keras_hom
     np.testing.assert_array_equal(_features(model, pixels), _features(mobile, pixels))
 
 
-# --- the rescaling of EfficientNetB3 ---------------------------------------------------------------------------------
+# --- the rescaling of EfficientNets B ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def published(tmp_path, monkeypatch, rng):
-    """EfficientNetB3 as Keras builds it with ImageNet weights and without, and a file that passes for those weights."""
+@pytest.fixture(params=["EfficientNetB0", "EfficientNetB3"])
+def published(request, tmp_path, monkeypatch, rng):
+    """An EfficientNet B as Keras builds it with ImageNet weights and without, and a file that passes for them."""
     keras.utils.set_random_seed(0)
     options = {"include_top": False, "pooling": "avg", "input_shape": (32, 32, 3)}
-    path = tmp_path / "efficientnetb3_notop.h5"
-    without = keras.applications.EfficientNetB3(weights=None, **options)
+    path = tmp_path / f"{request.param.lower()}_notop.h5"
+    without = getattr(keras.applications, request.param)(weights=None, **options)
     monkeypatch.setattr(file_utils, "get_file", lambda *_, **__: str(_write_legacy(path, without)))
-    with_rescaling = keras.applications.EfficientNetB3(weights="imagenet", **options)
+    with_rescaling = getattr(keras.applications, request.param)(weights="imagenet", **options)
     _enliven(with_rescaling, rng)
     without.set_weights(with_rescaling.get_weights())
     without.get_layer(_normalization(without)).finalize_state()
     # As in the published file, whose layers know nothing of the rescaling.
     _write_legacy(path, without)
     monkeypatch.setattr(backbones, "fetch", lambda *_, **__: path)
-    return with_rescaling, without
+    return request.param, with_rescaling, without
 
 
 def _normalization(model):
     return next(layer.name for layer in model.layers if isinstance(layer, keras.layers.Normalization))
 
 
-def test_build_of_efficientnet_b3_equals_keras_with_its_extra_rescaling(published, rng):
-    with_rescaling, without = published
+def test_build_of_efficientnet_b_equals_keras_with_its_extra_rescaling(published, rng):
+    name, with_rescaling, without = published
     pixels = _pixels(rng)
     colour = pixels.repeat(3, axis=-1).astype("float32")
-    ours, receipt = backbones.build("EfficientNetB3", (32, 32))
+    ours, receipt = backbones.build(name, (32, 32))
     assert receipt.share == 1
     expected = _features(with_rescaling, colour)
     _assert_lively(expected)
@@ -213,9 +214,9 @@ def test_build_of_efficientnet_b3_equals_keras_with_its_extra_rescaling(publishe
 
 
 @pytest.mark.slow
-def test_build_of_efficientnet_b3_from_its_own_and_keras_files_folds_once(published, tmp_path, rng):
-    theirs, without = published
-    ours, _ = backbones.build("EfficientNetB3", (32, 32))
+def test_build_of_efficientnet_b_from_its_own_and_keras_files_folds_once(published, tmp_path, rng):
+    name, theirs, without = published
+    ours, _ = backbones.build(name, (32, 32))
     ours.save(tmp_path / "ours.keras")
     _write_legacy(tmp_path / "ours.h5", ours)
     theirs.save(tmp_path / "theirs.keras")
@@ -224,11 +225,11 @@ def test_build_of_efficientnet_b3_from_its_own_and_keras_files_folds_once(publis
     pixels = _pixels(rng)
     variance = ours.get_layer(_normalization(ours)).get_weights()[1]
     np.testing.assert_allclose(variance, np.multiply([0.2, 0.3, 0.25], [0.229, 0.224, 0.225]), rtol=1e-6)
-    for name in ("ours.keras", "ours.h5", "theirs.keras", "theirs.h5"):
-        again, _ = backbones.build("EfficientNetB3", (32, 32), weights=tmp_path / name)
-        np.testing.assert_array_equal(again.get_layer(_normalization(again)).get_weights()[1], variance, name)
-        np.testing.assert_array_equal(_features(again, pixels), _features(ours, pixels), name)
-    plain, _ = backbones.build("EfficientNetB3", (32, 32), weights=tmp_path / "none.keras")
+    for file in ("ours.keras", "ours.h5", "theirs.keras", "theirs.h5"):
+        again, _ = backbones.build(name, (32, 32), weights=tmp_path / file)
+        np.testing.assert_array_equal(again.get_layer(_normalization(again)).get_weights()[1], variance, file)
+        np.testing.assert_array_equal(_features(again, pixels), _features(ours, pixels), file)
+    plain, _ = backbones.build(name, (32, 32), weights=tmp_path / "none.keras")
     np.testing.assert_array_equal(plain.get_layer(_normalization(plain)).get_weights()[1], np.float32([0.2, 0.3, 0.25]))
 
 
@@ -634,7 +635,7 @@ def test_build_of_each_backbone_agrees_with_keras_and_with_itself(name, tmp_path
     theirs = getattr(keras.applications, name)(include_top=False, pooling="avg", input_shape=(side, side, 3))
     url = BACKBONES[name].url
     assert requested == [(url.rsplit("/", 1)[1], url, BACKBONES[name].md5)]
-    if name != "EfficientNetB3":  # its rescaling has tests of its own
+    if name not in backbones._RESCALED:  # their rescaling has tests of its own
         # Roundings of 1e-7 in the preprocessing, which the layers amplify.
         reference = _features(theirs, expected)
         np.testing.assert_allclose(features, reference, rtol=0, atol=1e-3 * np.abs(reference).max())

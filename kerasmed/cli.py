@@ -69,38 +69,95 @@ def run(notebooks, profile, pairs, data_root, models_root, force, timeout):
     from kerasmed import notebooks as nb
     from kerasmed import runs
 
-    given = dict(_usage(_pair, pair) for pair in pairs)
-    given |= {
-        name: str(Path(root).resolve())
-        for name, root in (("data_root", data_root), ("models_root", models_root))
-        if root
-    }
+    given = _given(pairs, data_root, models_root)
     wanted = nb.names() if notebooks == ("all",) else list(notebooks)
     described = [_usage(nb.describe, name) for name in wanted]
     plan = [
         (notebook, _usage(nb.resolve, notebook, profile=profile, given=given))
         for notebook in nb.quickest_first(described, profile)
     ]
-    done, failed = [], []
-    for position, (notebook, parameters) in enumerate(plan, 1):
+    done, failed = _execute(plan, profile, force=force, timeout=timeout)
+    for folder in done.values():
+        _show(runs.collect(folder), folder)
+    _end(plan, failed)
+
+
+def _execute(plan, profile: str, *, force: bool, timeout: int | None) -> tuple[dict, dict]:
+    """Run (notebook, parameters) one after the other; folders of those done, names of those failed, by position."""
+    from kerasmed import notebooks as nb
+    from kerasmed import runs
+
+    done, failed = {}, {}
+    for position, (notebook, parameters) in enumerate(plan):
         minutes = notebook.budget_minutes.get(profile)
         budget = f", about {minutes:g} min on 2 cores" if minutes else ""
-        click.secho(f"[{position}/{len(plan)}] {notebook.name} ({profile}{budget})", bold=True)
+        click.secho(f"[{position + 1}/{len(plan)}] {notebook.name} ({profile}{budget})", bold=True)
         try:
             folder, executed = nb.run(notebook, parameters, force=force, timeout=timeout)
         except (RuntimeError, ValueError, OSError) as error:
-            failed.append((notebook.name, error))
+            failed[position] = notebook.name
             click.secho(f"failed: {error}", fg="red", err=True)
             continue
         if not executed:
             click.echo(f"finished already on {runs.status(folder)['finished']}; --force repeats it")
-        done.append(folder)
-    for folder in done:
-        _show(runs.collect(folder), folder)
+        done[position] = folder
+    return done, failed
+
+
+def _end(plan, failed: dict):
+    """Name what failed, and exit with 1 if anything did."""
     if failed:
-        names = ", ".join(name for name, _ in failed)
-        click.secho(f"{len(failed)} of {len(plan)} failed: {names}", fg="red", err=True)
+        click.secho(f"{len(failed)} of {len(plan)} failed: {', '.join(failed.values())}", fg="red", err=True)
         sys.exit(1)
+
+
+@main.command()
+@click.argument("notebook", metavar="NB")
+@click.option("--profile", default="full", show_default=True, help="Values of notebooks/params/PROFILE.")
+@click.option("--grid", "grids", multiple=True, metavar="K=V,V", help="Values of a parameter to try; may be repeated.")
+@click.option("--grid-file", type=click.Path(path_type=Path, dir_okay=False), help="YAML of parameter: [values].")
+@click.option("-p", "--parameter", "pairs", multiple=True, metavar="K=V", help="One parameter; may be repeated.")
+@ROOT_OPTIONS["data_root"]
+@ROOT_OPTIONS["models_root"]
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="CSV of the table [sweep-NB.csv].")
+@click.option("--force", is_flag=True, help="Run again what is finished already.")
+@click.option("--timeout", type=int, metavar="S", help="Seconds that a cell may take [no limit].")
+def sweep(notebook, profile, grids, grid_file, pairs, data_root, models_root, out, force, timeout):
+    """Run a notebook once for each combination of values, each into its run folder, and end in one table.
+
+    The table is ordered by validation; test figures stand beside it and choose nothing. Every value is checked before
+    the first run; a run that is finished is not repeated; one that fails does not stop the others.
+    """
+    import yaml
+
+    from kerasmed import notebooks as nb
+    from kerasmed import runs
+
+    described = _usage(nb.describe, notebook)
+    grid = _usage(yaml.safe_load, grid_file.read_text(encoding="utf-8")) if grid_file else {}
+    grid = {**grid, **dict(_usage(nb.parse_grid, text) for text in grids)}
+    if not grid:
+        raise click.UsageError("nothing to sweep over; give --grid K=V,V or --grid-file.")
+    common = _given(pairs, data_root, models_root)
+    tried = _usage(nb.points, grid)
+    plan = [(described, _usage(nb.resolve, described, profile=profile, given={**common, **point})) for point in tried]
+    done, failed = _execute(plan, profile, force=force, timeout=timeout)
+    table = nb.sweep_table(list(done.values()), [tried[position] for position in done])
+    if len(table):
+        shown = table[[name for name in table if not name.endswith(" baseline") and name != "run"]]
+        click.echo(f"\n{runs.as_text(shown).to_string(index=False)}")
+        out = out or Path(f"sweep-{notebook}.csv")
+        runs.write_table(out, table)
+        click.echo(f"{len(table)} runs, best validation first; written to {out}")
+    _end(plan, failed)
+
+
+def _given(pairs, data_root: str, models_root: str) -> dict:
+    """Join -p and the roots into given parameters."""
+    roots = (("data_root", data_root), ("models_root", models_root))
+    return dict(_usage(_pair, pair) for pair in pairs) | {
+        name: str(Path(root).resolve()) for name, root in roots if root
+    }
 
 
 def _pair(pair: str):
@@ -220,6 +277,54 @@ def check(system, folder):
         click.echo(f"{row.part}: {row.file}: {row.problem}".replace(": :", ":"))
     click.echo(f"{len(problems)} problems" if len(problems) else "no problems")
     sys.exit(1 if len(problems) else 0)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report [audit-NAME].")
+@click.option("--accept", "accepted", multiple=True, metavar="KIND", help="Let a kind of finding through the gate.")
+@click.option(
+    "--similarity",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.98,
+    show_default=True,
+    help="Correlation that makes a group where ids are unknown; 0 for no groups.",
+)
+def audit(path, out, accepted, similarity):
+    """Look for copies, contradictions, leaks and shortcuts in PATH: a folder of images, or a manifest (CSV).
+
+    Writes audit.html and audit.json. Exit 3 where the gate is closed.
+    """
+    from kerasmed import audit, images, pipelines
+
+    _usage(audit.check_accepted, accepted)
+    root, table, class_names = _usage(audit.index, path)
+    name = path.resolve().name if path.is_dir() else path.stem
+    out = out or Path(f"audit-{name}")
+    out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is better found before the work
+    # The store of thumbnails is all that is looked at: files are decoded once, whole, however often this is called.
+    store = pipelines.decode(table, root, image_size=images.THUMBNAIL_SIZE, max_quarantined_share=1.0)
+    headers = images.headers(root, store.manifest["image_path"].tolist())
+    report = audit.examine(
+        store.manifest,
+        class_names,
+        name=name,
+        thumbnails=store.thumbnails,
+        facts=store.facts,
+        headers=headers,
+        quarantine=store.quarantine,
+        similarity=similarity or None,
+        accepted=accepted,
+    )
+    files = audit.write(report, out)
+    click.echo(f"{len(store.manifest)} of {len(table)} files read")
+    for kind, row in report.by_kind().iterrows():
+        click.echo(f"  {kind:<20} {row['findings']:>6} findings {row['images']:>7} images   {audit.KINDS[kind]}")
+    closed_by = report.closed_by()
+    click.echo(f"written to {' and '.join(str(file) for file in files)}")
+    if closed_by:
+        click.secho(f"the gate is closed by {', '.join(closed_by)}", fg="red", err=True)
+    sys.exit(3 if closed_by else 0)
 
 
 @main.command()

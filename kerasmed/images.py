@@ -4,6 +4,7 @@ What happens before the pixels reach a model is decided by this function's optio
 params.json, so that a prediction sees what training saw.
 """
 
+import hashlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ INTERPOLATIONS = {
 # A file that claims more is refused before its pixels are read: 100 megapixels decode to 100 MB of grey.
 MAX_PIXELS = 100_000_000
 THUMBNAIL_SIZE = (64, 64)
+# What is noted of a decoded picture, before any resizing; equal digests are equal sizes and pixels.
+FACTS = np.dtype([("height", "i4"), ("width", "i4"), ("maximum", "u1"), ("std", "f4"), ("digest", "U16")])
 
 
 class ImageError(ValueError):
@@ -122,6 +125,13 @@ def resize(
 def thumbnail(image: np.ndarray) -> np.ndarray:
     """Shrink a uint8 array to 64×64 by area: what duplicates, groups and the nearest neighbour are judged on."""
     return resize(image, THUMBNAIL_SIZE)
+
+
+def facts(image: np.ndarray) -> tuple:
+    """Note size, largest grey level, standard deviation and digest of a uint8 array, in the order of `FACTS`."""
+    digest = hashlib.sha256(f"{image.shape} ".encode())
+    digest.update(np.ascontiguousarray(image).data)
+    return *image.shape, int(image.max()), float(cv2.meanStdDev(image)[1][0, 0]), digest.hexdigest()[:16]
 
 
 def read_header(path) -> Header:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 COLUMNS = ("image_path", "patient_id", "study_id", "group_id", "split")
+OPTIONAL = ("view", "modality", "body_part", "age", "sex")
 SPLITS = ("train", "valid", "test")
 
 

@@ -7,13 +7,22 @@ compared on the same draws.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 BOOTSTRAPS = 1000
-MAJORITY, NEAREST_NEIGHBOUR = "majority", "nearest_neighbour"
-BASELINES = (MAJORITY, NEAREST_NEIGHBOUR)
+MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC = "majority", "all_positive", "nearest_neighbour", "svc"
+BASELINES = (MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC)
+_CHUNK = 2**22  # weights looked at together: what bounds the memory of `_ranking`, at 32 MB an array
+
+
+class Answer(NamedTuple):
+    """What a variant answers of independent labels: present where the probability reaches the label's threshold."""
+
+    probabilities: np.ndarray  # float, shape (num_images, num_labels)
+    thresholds: np.ndarray  # float, shape (num_labels,)
 
 
 def bootstrap_weights(groups: Sequence, *, num_draws: int = BOOTSTRAPS, seed: int = 0) -> np.ndarray:
@@ -69,15 +78,59 @@ def auroc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.n
         >>> auroc(np.array([False, True, True]), np.array([0.2, 0.2, 0.9]), np.ones((1, 3))).tolist()
         [0.75]
     """
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # first image of each run of equal scores
-    ordered, is_positive = weights[:, order].astype(np.float64), positive[order]
-    positives = np.add.reduceat(ordered * is_positive, starts, axis=1)
-    negatives = np.add.reduceat(ordered * ~is_positive, starts, axis=1)
-    negatives_below = np.cumsum(negatives, axis=1) - negatives
-    pairs = positives.sum(axis=1) * negatives.sum(axis=1)
-    won = (positives * (negatives_below + negatives / 2)).sum(axis=1)
-    return np.divide(won, pairs, out=np.full(len(won), np.nan), where=pairs > 0)
+    return _ranking(positive, scores, weights)[0]
+
+
+def average_precision(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Average precision under each row of weights: the precision at each positive, averaged over the positives.
+
+    AP = Σ_k (R_k − R_{k−1}) · P_k over the distinct scores, highest first, where R_k and P_k are recall and precision
+    of all images that score at least as high: equal scores count together. A constant score has AP = prevalence.
+
+    Args:
+        positive: bool array, shape (num_images,).
+        scores: float array, shape (num_images,).
+        weights: shape (num_draws, num_images).
+
+    Returns:
+        float64 array, shape (num_draws,); NaN where a draw has no positive.
+
+    Example:
+        >>> average_precision(np.array([False, True, True]), np.full(3, 0.2), np.ones((1, 3))).round(2).tolist()
+        [0.67]
+
+    Source: scikit-learn, `average_precision_score`, which gives 0 where there is no positive.
+    """
+    return _ranking(positive, scores, weights)[1]
+
+
+def _ranking(truth, scores, weights) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC and average precision of one sort, over the rows whose truth is not NaN."""
+    rows = np.flatnonzero(~np.isnan(truth))
+    order = rows[np.argsort(scores[rows], kind="stable")[::-1]]
+    positive = truth[order] == 1
+    areas, averages = np.full((2, len(weights)), np.nan)
+    if not positive.any():
+        return areas, averages
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # first image of each run of equal scores
+    # Only runs with a positive add to either figure: neighbouring runs without one are taken together.
+    bears = np.logical_or.reduceat(positive, starts)
+    starts = starts[bears | np.append(True, bears[:-1])]
+    step = max(1, _CHUNK // len(order))
+    for first in range(0, len(weights), step):
+        part = slice(first, first + step)
+        drawn = weights[part][:, order].astype(np.float64)
+        met = np.add.reduceat(drawn, starts, axis=1)
+        drawn *= positive
+        found = np.add.reduceat(drawn, starts, axis=1)
+        all_met, all_found = np.cumsum(met, axis=1), np.cumsum(found, axis=1)
+        positives = all_found[:, -1]
+        negatives = all_met[:, -1] - positives
+        outscored = negatives[:, None] - (all_met - all_found) + (met - found) / 2  # negatives below, ties half
+        areas[part] = _ratio((found * outscored).sum(axis=1), positives * negatives)
+        precision = np.divide(all_found, all_met, out=np.zeros_like(met), where=all_met > 0)
+        averages[part] = _ratio((found * precision).sum(axis=1), positives)
+    return areas, averages
 
 
 def _ratio(numerator, denominator):
@@ -157,7 +210,7 @@ def multiclass_rows(
     task: str,
     split: str = "test",
     prefix: str = "",
-    reference: str | None = None,
+    reference: str | Mapping[str, str] | None = None,
     num_draws: int = BOOTSTRAPS,
     seed: int = 0,
 ) -> list[dict]:
@@ -171,7 +224,7 @@ def multiclass_rows(
         task: what is classified, for the table.
         split: what the images are, for the table; never the split that steered early stopping or a threshold.
         prefix: put before every label, where only some of a task's classes are scored.
-        reference: a variant that the others are compared with as well, as in an ablation.
+        reference: a variant that the others are compared with as well, as in an ablation; or variant -> its own.
         num_draws: bootstrap draws.
         seed: of the draws.
 
@@ -184,60 +237,216 @@ def multiclass_rows(
     Raises:
         ValueError: no baseline, no image, or a shape that does not fit.
     """
-    baselines = [name for name in probabilities if name in BASELINES]
-    if reference is not None and reference not in probabilities:
-        raise ValueError(f"`reference` is {reference!r}; expected one of {list(probabilities)}.")
-    if not baselines:
-        raise ValueError(f"`probabilities` hold no baseline, only {list(probabilities)}; add one of {BASELINES}.")
-    if not len(class_ids):
-        raise ValueError(f"the {split} split of {task} has no image; change the shares or the seed of the split.")
     for name, values in probabilities.items():
         if np.shape(values) != (len(class_ids), len(class_names)) or not np.isfinite(values).all():
             raise ValueError(
                 f"`probabilities` of {name} have shape {np.shape(values)}; "
                 f"expected {(len(class_ids), len(class_names))}, all finite."
             )
-    draws = bootstrap_weights(groups, num_draws=num_draws, seed=seed)
-    once = np.ones((1, len(class_ids)), np.float32)
-    points = {name: multiclass(class_ids, values, class_names, once) for name, values in probabilities.items()}
-    spreads = {name: multiclass(class_ids, values, class_names, draws) for name, values in probabilities.items()}
     present = set(np.asarray(class_names)[np.unique(class_ids)])
-    common = {
-        "task": task,
-        "split": split,
-        "n": len(class_ids),
-        "n_groups": len(np.unique(np.asarray(groups).astype(str))),
+
+    def why(metric, label):
+        if label not in present and label != "all":
+            return f"no {label} in the {split} split"
+        return "never predicted" if metric == "precision" else "one class only"
+
+    def score(values, weights):
+        return multiclass(class_ids, values, class_names, weights)
+
+    return _compared_rows(probabilities, groups, score, why, task, split, prefix, reference, num_draws, seed)
+
+
+def multilabel(
+    y_true: np.ndarray,
+    probabilities: np.ndarray,
+    thresholds: np.ndarray,
+    class_names: Sequence[str],
+    weights: np.ndarray,
+) -> dict:
+    """Compute the metrics of independent labels under each row of weights.
+
+    Of each label, over the rows where it is known: F1 = 2tp / (2tp + fp + fn), average precision, AUROC, accuracy,
+    sensitivity (recall), specificity, precision. A metric is NaN where its denominator is 0: F1 where the label is
+    neither present nor answered. "all" is the mean over the labels in which a metric is defined, draw by draw, so
+    ("f1", "all") is what is elsewhere called macro F1 or mean F1.
+
+    Args:
+        y_true: float array, shape (num_images, num_labels): 1 present, 0 absent, NaN unknown, which leaves the row out
+            of that label only.
+        probabilities: shape (num_images, num_labels).
+        thresholds: shape (num_labels,); a label is answered present where probability >= threshold.
+        class_names: of the labels.
+        weights: shape (num_draws, num_images); a row of ones gives the plain metrics.
+
+    Returns:
+        dict (metric, label) -> float array (num_draws,), first the means, whose label is "all".
+    """
+    answered = probabilities >= np.asarray(thresholds)
+    cells = [truth & told for truth in (y_true == 1, y_true == 0) for told in (answered, ~answered)]
+    tp, fn, fp, tn = ((weights @ cell.astype(np.float32)).astype(np.float64) for cell in cells)
+    ranked = [_ranking(truth, scores, weights) for truth, scores in zip(y_true.T, probabilities.T)]
+    areas, averages = (np.stack(each, axis=1) for each in zip(*ranked))
+    per_label = {
+        "f1": _ratio(2 * tp, 2 * tp + fp + fn),
+        "average_precision": averages,
+        "auroc": areas,
+        "accuracy": _ratio(tp + tn, tp + fp + fn + tn),
+        "sensitivity": _ratio(tp, tp + fn),
+        "specificity": _ratio(tn, tn + fp),
+        "precision": _ratio(tp, tp + fp),
     }
+    results = {}
+    for metric, values in per_label.items():
+        results[metric, "all"] = _ratio(np.nansum(values, axis=1), np.isfinite(values).sum(axis=1))
+    for position, name in enumerate(class_names):
+        results |= {(metric, name): values[:, position] for metric, values in per_label.items()}
+    return results
+
+
+def tune_thresholds(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Choose of each label the threshold that maximises F1 on validation rows; never call it on test rows.
+
+    F1 changes only between neighbouring distinct probabilities. The threshold is the middle of such a gap, so that new
+    images that score about the same are answered alike; below the lowest probability the gap reaches to 0. Of gaps
+    with the same F1 the widest is taken, and of equally wide ones the highest. O(n log n) a label.
+
+    Args:
+        y_true: float array, shape (num_images, num_labels): 1, 0 or NaN (unknown: left out of that label).
+        probabilities: shape (num_images, num_labels), in [0, 1].
+
+    Returns:
+        float64 array, shape (num_labels,); 0.5 for a label without a known positive row.
+
+    Raises:
+        ValueError: unlike shapes, a label that is not 1, 0 or NaN, or a probability that is NaN or outside [0, 1].
+
+    Example:
+        >>> tune_thresholds(np.array([[1], [1], [0], [0]]), np.array([[0.9], [0.6], [0.2], [0.1]])).tolist()
+        [0.4]
+    """
+    y_true, probabilities = np.asarray(y_true, np.float64), np.asarray(probabilities, np.float64)
+    _refuse_unfit(y_true, probabilities, "`probabilities`")
+    if ((probabilities < 0) | (probabilities > 1)).any():
+        low, high = probabilities.min(), probabilities.max()
+        raise ValueError(
+            f"`probabilities` are in [{low:.3g}, {high:.3g}]; expected in [0, 1]: no logits, no distances."
+        )
+    return np.array([_best_threshold(truth, scores) for truth, scores in zip(y_true.T, probabilities.T)])
+
+
+def _best_threshold(truth, scores) -> float:
+    if not (truth == 1).any():
+        return 0.5
+    known = ~np.isnan(truth)
+    values, run = np.unique(scores[known], return_inverse=True)
+    values = values[::-1]  # highest first: every image of the runs up to k is answered present
+    answered = np.cumsum(np.bincount(run)[::-1])
+    tp = np.cumsum(np.bincount(run, weights=truth[known])[::-1])
+    f1 = 2 * tp / (answered + tp[-1])
+    below = np.append(values[1:], 0.0)
+    best = np.lexsort((values, values - below, f1))[-1]
+    middle = (values[best] + below[best]) / 2
+    # Between two neighbouring floats there is no middle, and it may be rounded to the lower one.
+    return middle if middle > below[best] else values[best]
+
+
+def _refuse_unfit(y_true, probabilities, what) -> None:
+    if y_true.ndim != 2 or np.shape(probabilities) != y_true.shape or not np.isfinite(probabilities).all():
+        raise ValueError(
+            f"{what} have shape {np.shape(probabilities)} beside labels of shape {y_true.shape}; "
+            "expected the same, (num_images, num_labels), all finite."
+        )
+    wrong = np.argwhere(~(np.isnan(y_true) | (y_true == 0) | (y_true == 1)))
+    if len(wrong):
+        first = f"First (row, label): {wrong[:3].tolist()}, the value {y_true[tuple(wrong[0])]:g}."
+        raise ValueError(f"{len(wrong)} labels are not 1, 0 or NaN; write NaN for unknown. {first}")
+
+
+def multilabel_rows(
+    y_true: np.ndarray,
+    answers: Mapping[str, Answer],
+    groups: Sequence,
+    class_names: Sequence[str],
+    *,
+    task: str,
+    split: str = "test",
+    reference: str | Mapping[str, str] | None = None,
+    num_draws: int = BOOTSTRAPS,
+    seed: int = 0,
+) -> list[dict]:
+    """Tabulate every variant's metrics of independent labels, each beside the strongest baseline on the same draws.
+
+    Args:
+        y_true: float array, shape (num_images, num_labels): 1, 0 or NaN (unknown).
+        answers: variant -> `Answer`; at least one of `BASELINES` among the variants.
+        groups: shape (num_images,), for the bootstrap.
+        class_names: of the labels.
+        task, split, reference, num_draws, seed: as in `multiclass_rows`.
+
+    Returns:
+        Rows as of `multiclass_rows`, with the metrics of `multilabel`; n counts all images, known or not.
+
+    Raises:
+        ValueError: no baseline, no image, a label that is not 1, 0 or NaN, or a shape that does not fit.
+    """
+    y_true = np.asarray(y_true, np.float64)
+    for name, answer in answers.items():
+        _refuse_unfit(y_true, answer.probabilities, f"the probabilities of {name}")
+        if not np.shape(answer.thresholds) == y_true.shape[1:] == (len(class_names),):
+            raise ValueError(
+                f"the thresholds of {name} have shape {np.shape(answer.thresholds)} beside labels of shape "
+                f"{y_true.shape}; expected one for each of {list(class_names)}."
+            )
+    known, present = (dict(zip(class_names, each.any(axis=0))) for each in (~np.isnan(y_true), y_true == 1))
+
+    def why(metric, label):
+        if label == "all":
+            return "undefined of every label"
+        if not known[label]:
+            return f"{label} is unknown in the {split} split"
+        if metric == "precision":
+            return "never predicted"
+        return f"{'no image without' if present[label] else 'no'} {label} in the {split} split"
+
+    def score(answer, weights):
+        return multilabel(y_true, *answer, class_names, weights)
+
+    return _compared_rows(answers, groups, score, why, task, split, "", reference, num_draws, seed)
+
+
+def _compared_rows(answers, groups, score, why, task, split, prefix, reference, num_draws, seed) -> list[dict]:
+    """Tabulate `score(answer, weights)` of each variant beside the others; `why(metric, label)` says why it is NaN."""
+    baselines = [name for name in answers if name in BASELINES]
+    of = reference if isinstance(reference, Mapping) else dict.fromkeys(answers, reference) if reference else {}
+    if not {*of, *of.values()} <= set(answers):
+        raise ValueError(f"`reference` is {reference!r}; expected one of {list(answers)}.")
+    if not baselines:
+        raise ValueError(f"there is no baseline among the variants {list(answers)}; add one of {BASELINES}.")
+    if not len(groups):
+        raise ValueError(f"the {split} split of {task} has no image; change the shares or the seed of the split.")
+    draws = bootstrap_weights(groups, num_draws=num_draws, seed=seed)
+    once = np.ones((1, len(groups)), np.float32)
+    points = {name: score(answer, once) for name, answer in answers.items()}
+    spreads = {name: score(answer, draws) for name, answer in answers.items()}
+    num_groups = len(np.unique(np.asarray(groups).astype(str)))
+    common = {"task": task, "split": split, "n": len(groups), "n_groups": num_groups}
     rows = []
-    for name in probabilities:
+    for name in answers:
         for key, value in points[name].items():
             metric, label = key
             value = float(value[0])
-            row = {
-                **common,
-                "variant": name,
-                "metric": metric,
-                "label": prefix + label,
-                "value": None if np.isnan(value) else value,
-                "ci95": None,
-                "baseline": None,
-            }
+            row = {**common, "variant": name, "metric": metric, "label": prefix + label}
+            row |= {"value": None if np.isnan(value) else value, "ci95": None, "baseline": None}
             if np.isnan(value):
-                row["reason"] = (
-                    f"no {label} in the {split} split"
-                    if label not in present and label != "all"
-                    else "never predicted"
-                    if metric == "precision"
-                    else "one class only"
-                )
+                row["reason"] = why(metric, label)
             else:
                 row["ci95"] = interval(spreads[name][key])
                 rivals = [rival for rival in baselines if np.isfinite(points[rival][key][0])]
                 if name not in BASELINES and rivals:
                     best = max(rivals, key=lambda rival: points[rival][key][0])
                     row["baseline"] = _against(best, name, key, points, spreads)
-                if reference not in (None, name) and name not in BASELINES:
-                    row["reference"] = _against(reference, name, key, points, spreads)
+                if of.get(name, name) != name and name not in BASELINES:
+                    row["reference"] = _against(of[name], name, key, points, spreads)
             rows.append(row)
     return rows
 
@@ -256,7 +465,7 @@ def _against(rival, name, key, points, spreads) -> dict | None:
 
 
 def tabulate(rows: Sequence[Mapping]) -> pd.DataFrame:
-    """Lay rows of `multiclass_rows` out for reading: value with interval, baseline, and difference with interval.
+    """Lay rows of either `..._rows` out for reading: value with interval, baseline, and difference with interval.
 
     Returns:
         DataFrame: task, split, label, metric, variant, shown, baseline, difference, to_reference (where rows have

@@ -8,6 +8,7 @@ the parameter `system`; its parameters are those of the cell tagged `parameters`
 import ast
 import contextlib
 import difflib
+import itertools
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import yaml
 
 from kerasmed import datasets, paths, runs
@@ -264,6 +266,63 @@ def _reason(error: BaseException) -> str:
         return f"{where}: {error.ename}: {error.evalue}{at}"
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def parse_grid(text: str) -> tuple[str, list]:
+    """Turn the text of `--grid name=value,value` into a name and its values; a value that is a list needs brackets.
+
+    Example:
+        >>> parse_grid("rate=0.1,1e-2"), parse_grid("optimizer=adam,sgd"), parse_grid("networks=['cnn5'],['cnn1']")
+        (('rate', [0.1, 0.01]), ('optimizer', ['adam', 'sgd']), ('networks', [['cnn5'], ['cnn1']]))
+    """
+    name, equals, values = text.partition("=")
+    if not equals or not values:
+        raise ValueError(f"--grid {text!r} is no list of values; write --grid name=value,value.")
+    listed = parse_value(f"[{values}]")
+    return name, listed if isinstance(listed, list) else [parse_value(value) for value in values.split(",")]
+
+
+def points(grid: Mapping[str, Sequence]) -> list[dict]:
+    """Combine every value of each parameter with every one of the others, the last parameter fastest.
+
+    Raises:
+        ValueError: a parameter has no list of values.
+    """
+    for name, values in grid.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ValueError(f"the grid gives {name} as {values!r}; expected a list of values to try.")
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+
+def sweep_table(folders: Sequence[Path], tried: Sequence[Mapping]) -> pd.DataFrame:
+    """Join the headlines of a sweep's runs into one table, best validation value first.
+
+    Runs are ordered by what each says it may be chosen by, on validation; its test figures stand beside it, and have
+    no say: the best test figure of many is too good by chance.
+
+    Args:
+        folders: of complete runs.
+        tried: parameters that each was given, in the same order.
+
+    Returns:
+        DataFrame, a row a run: the swept parameters, validation, `<task> <label> <metric>` of each headline value, its
+        interval "... 95 %", baseline "... baseline", and run, the folder's name.
+    """
+    records = []
+    for folder, given in zip(folders, tried, strict=True):
+        table = runs.collect(folder)
+        record = {**{name: str(value) for name, value in given.items()}, "validation": table["validation"].iloc[0]}
+        for row in table.to_dict("records"):
+            name = " ".join((row["task"], row["label"], row["metric"]))
+            record[name] = row["value"]
+            record[f"{name} 95 %"] = f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+            record[f"{name} baseline"] = f"{row['baseline']} {row['baseline_value']:.3f}"
+        records.append({**record, "run": folder.name})
+    table = pd.DataFrame(records)
+    return table.sort_values("validation", ascending=False, kind="stable", ignore_index=True) if len(table) else table
 
 
 def quickest_first(notebooks: Sequence[Notebook], profile: str) -> list[Notebook]:

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from kerasmed import datasets, images, paths, runs
 
 SHARD_ROWS = 256
-# A change of the reader may alter pixels: stores made by another are not taken for current ones.
-_READER = hashlib.sha256(Path(images.__file__).read_bytes()).hexdigest()[:16]
+# A change of the reader may alter pixels, and one of this module what a store holds: stores made by others are not
+# taken for current ones.
+_MAKERS = hashlib.sha256(Path(images.__file__).read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
 _SYSTEM_REFUSED = "system refused:"
 _AHEAD = 4
 
@@ -34,8 +35,20 @@ class Store(NamedTuple):
     images: np.ndarray  # uint8 memory map, (num_images, height, width)
     thumbnails: np.ndarray  # uint8 memory map, (num_images, 64, 64)
     manifest: pd.DataFrame  # the rows that were read; position = row of the arrays
+    facts: pd.DataFrame  # of the decoded pictures, beside the manifest: the fields of `images.FACTS`
     quarantine: pd.DataFrame  # image_path, reason
     folder: Path
+
+
+def rows(store: Store, split: str) -> np.ndarray:
+    """Return the positions of a split's images in a store, int."""
+    return np.flatnonzero(store.manifest["split"] == split)
+
+
+def decode_options(parameters: Mapping) -> dict:
+    """Pick out of a run's parameters what `decode`, `decode_stream` and `predict_files` do with a file."""
+    options = {name: parameters[name] for name in ("fit", "interpolation", "equalize")}
+    return {"image_size": tuple(parameters["image_size"]), "read_options": options}
 
 
 # --- the decoded store -----------------------------------------------------------------------------------------------
@@ -54,8 +67,8 @@ def decode(
     """Decode every image of a manifest once, or open the store that an earlier call has finished.
 
     Work is done in shards of 256 images, each written whole, so that a killed call goes on where it stopped and shards
-    may be made anywhere and in any order. The store is `<cache>/<fingerprint>/`: images.npy, thumbnails.npy and
-    quarantine.csv; the fingerprint covers paths, sizes, modification times, target size and options.
+    may be made anywhere and in any order. The store is `<cache>/<fingerprint>/`: images.npy, thumbnails.npy, facts.npy
+    and quarantine.csv; the fingerprint covers paths, sizes, modification times, target size and options.
 
     Args:
         manifest: rows with `image_path`.
@@ -93,13 +106,14 @@ def decode(
         np.load(target / "images.npy", mmap_mode="r"),
         np.load(target / "thumbnails.npy", mmap_mode="r"),
         manifest[readable].reset_index(drop=True),
+        pd.DataFrame(np.load(target / "facts.npy")),
         quarantine,
         target,
     )
 
 
 def _store_fingerprint(image_paths, root, image_size, options) -> str:
-    header = f"{_READER} {tuple(image_size)} {sorted(options.items())}\n"
+    header = f"{_MAKERS} {tuple(image_size)} {sorted(options.items())}\n"
     digest = hashlib.sha256(header.encode())
     for path in image_paths:
         try:
@@ -142,14 +156,14 @@ def _build(target, image_paths, root, image_size, options, jobs, progress):
 def decode_shard(
     shard: Path, root: Path, image_paths: Sequence[str], image_size: tuple[int, int], options: Mapping
 ) -> int:
-    """Decode some images into one shard file, written whole: images, thumbnails, reasons.
+    """Decode some images into one shard file, written whole: images, thumbnails, facts, reasons.
 
     Returns:
         Number of paths handled.
     """
-    pixels, thumbnails, reasons = decode_files(root, image_paths, image_size, options)
+    pixels, thumbnails, facts, reasons = decode_files(root, image_paths, image_size, options)
     with runs.whole(shard) as temporary:
-        np.savez(temporary, images=pixels, thumbnails=thumbnails, reasons=reasons)
+        np.savez(temporary, images=pixels, thumbnails=thumbnails, facts=facts, reasons=reasons)
     return len(image_paths)
 
 
@@ -159,11 +173,12 @@ def decode_files(
     """Decode image files, each once, and note why any could not be read.
 
     Returns:
-        uint8 images (num_paths, height, width), uint8 thumbnails (num_paths, 64, 64), and str reasons (num_paths,): ""
-        for a file that was read; one that was not is black.
+        uint8 images (num_paths, height, width), uint8 thumbnails (num_paths, 64, 64), `images.FACTS` (num_paths,), and
+        str reasons (num_paths,): "" for a file that was read; one that was not is black.
     """
     pixels = np.zeros((len(image_paths), *image_size), np.uint8)
     thumbnails = np.zeros((len(image_paths), *images.THUMBNAIL_SIZE), np.uint8)
+    facts = np.zeros(len(image_paths), images.FACTS)
     reasons = [""] * len(image_paths)
     for row, path in enumerate(image_paths):
         try:
@@ -174,9 +189,10 @@ def decode_files(
             absent = isinstance(error, FileNotFoundError)
             reasons[row] = "absent" if absent else f"{_SYSTEM_REFUSED} {type(error).__name__}: {error.strerror}"
         else:
+            facts[row] = images.facts(image)
             thumbnails[row] = images.thumbnail(image)
             pixels[row] = images.finish(image, image_size=image_size, **options)
-    return pixels, thumbnails, np.array(reasons, dtype=str)
+    return pixels, thumbnails, facts, np.array(reasons, dtype=str)
 
 
 def decode_stream(
@@ -197,7 +213,7 @@ def decode_stream(
     decoded = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(
         joblib.delayed(decode_files)(Path(root), part, image_size, dict(read_options or {})) for part in parts
     )
-    for pixels, _, reasons in decoded:
+    for pixels, _, _, reasons in decoded:
         yield pixels, reasons
 
 
@@ -213,8 +229,9 @@ def _assemble(target, building, shards, image_paths, image_size):
 
 
 def _join(joined, shards, image_paths, image_size):
-    reasons = np.concatenate([np.load(shard)["reasons"] for shard in shards])
+    reasons, facts = (np.concatenate([np.load(shard)[name] for shard in shards]) for name in ("reasons", "facts"))
     count = int((reasons == "").sum())
+    np.save(joined / "facts.npy", facts[reasons == ""])
     for name, size in (("images", image_size), ("thumbnails", images.THUMBNAIL_SIZE)):
         array = np.lib.format.open_memmap(joined / f"{name}.npy", mode="w+", dtype=np.uint8, shape=(count, *size))
         row = 0
@@ -345,28 +362,59 @@ def evaluation_dataset(
     return dataset.apply(tf.data.experimental.assert_cardinality(steps_per_epoch(len(rows), batch_size))).prefetch(2)
 
 
+def datasets_of(
+    store: Store, targets: np.ndarray, *, batch_size: int, seed: int, augment: Callable | None = None
+) -> tuple[Callable, object]:
+    """Make what `kerasmed.training.fit` takes of a store whose manifest is split.
+
+    Args:
+        store: with "train" and "valid" in its manifest's `split`.
+        targets: shape (num_images, ...), beside the store.
+        batch_size: training images a step.
+        seed: of shuffle and augmentation.
+        augment: from `kerasmed.augment.build`; of training images alone.
+
+    Returns:
+        Function of the first epoch -> training dataset without end; and the validation dataset.
+    """
+    train, valid = rows(store, "train"), rows(store, "valid")
+
+    def train_from(first_epoch):
+        return training_dataset(
+            store.images,
+            train,
+            targets[train],
+            batch_size=batch_size,
+            seed=seed,
+            first_epoch=first_epoch,
+            augment=augment,
+        )
+
+    return train_from, evaluation_dataset(store.images, valid, targets[valid])
+
+
 # --- prediction ------------------------------------------------------------------------------------------------------
 
 
 def predict_files(
     path,
-    models: Mapping[str, tuple],
+    models: Sequence[tuple],
     *,
     image_size: tuple[int, int],
     read_options: Mapping | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Predict raw image files with models of exclusive classes, each file read once and not kept.
+    """Predict raw image files, each read once and not kept.
 
     Args:
         path: an image file or a folder, searched through.
-        models: task -> (Keras model, uint8 (batch, height, width, 1) -> probabilities; class names).
+        models: (Keras model, uint8 (batch, height, width, 1) -> probabilities; names of its classes) each.
         image_size, read_options: as in the models' training.
         progress: show a bar.
 
     Returns:
-        DataFrame, a row a file: image_path (relative to the folder), error ("" or why it could not be read), and for
-        each task `<task>` (the likeliest class) and `p_<class>`; empty for unreadable files.
+        DataFrame, a row a file: image_path (relative to the folder), error ("" or why it could not be read), and
+        `p_<class>` of each model; NaN for unreadable files.
 
     Raises:
         FileNotFoundError: no such path, or no image below it.
@@ -388,12 +436,10 @@ def predict_files(
         for pixels, reasons in decode_stream(root, names, image_size=image_size, read_options=read_options):
             readable = reasons == ""
             table = pd.DataFrame({"error": reasons})
-            for task, (model, class_names) in models.items():
+            for model, class_names in models:
                 probabilities = np.full((len(reasons), len(class_names)), np.nan, np.float32)
                 if readable.any():
                     probabilities[readable] = model.predict_on_batch(pixels[readable][..., None])
-                likeliest = np.array(class_names)[np.nan_to_num(probabilities).argmax(axis=1)]
-                table[task] = np.where(readable, likeliest, "")
                 table[[f"p_{name}" for name in class_names]] = probabilities
             tables.append(table)
             bar.update(len(reasons))

@@ -88,7 +88,7 @@ def learning_curves(histories: Mapping[str, pd.DataFrame], *, title: str) -> Fig
     """Draw loss and accuracy by epoch, training and validation; a dashed line marks the epoch that was kept."""
     figure, axes = _figure(9, 2.8 * len(histories), len(histories), 2)
     for row, (name, history) in zip(axes, histories.items()):
-        best = history.loc[history["val_loss"].idxmin(), "epoch"]
+        best = history.loc[history["kept"], "epoch"].item()
         for axis, metric in zip(row, ("loss", "accuracy")):
             axis.plot(history["epoch"], history[metric], color=COLOURS[0], label="train")
             axis.plot(history["epoch"], history[f"val_{metric}"], color=COLOURS[1], label="validation")

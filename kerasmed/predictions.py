@@ -36,16 +36,21 @@ def tabulate(
 
 
 def read(path) -> pd.DataFrame:
-    """Read a table from CSV, ids as text."""
-    ids = dict.fromkeys(ID_COLUMNS, str)
+    """Read a table from CSV, ids as text; an empty id or label is missing."""
     # An id may be spelt "NA": only nothing is missing.
-    return pd.read_csv(path, dtype=ids, keep_default_na=False, na_values=dict.fromkeys(ID_COLUMNS, [""]))
+    return pd.read_csv(path, dtype=dict.fromkeys(ID_COLUMNS, str), keep_default_na=False, na_values=[""])
 
 
 def truth_and_probabilities(table: pd.DataFrame, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return a table's class ids, int (num_images,), and probabilities, float (num_images, num_classes)."""
-    truth, probabilities = (table[[f"{letter}_{name}" for name in class_names]].to_numpy() for letter in "yp")
+    truth, probabilities = columns(table, class_names)
     return truth.argmax(axis=1), probabilities
+
+
+def columns(table: pd.DataFrame, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return a table's columns y_<class> and p_<class>, each float, shape (num_images, num_classes); NaN is unknown."""
+    truth, probabilities = (table[[f"{letter}_{name}" for name in class_names]].to_numpy(float) for letter in "yp")
+    return truth, probabilities
 
 
 def held_out(tables: Sequence[pd.DataFrame], manifests: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -145,7 +150,7 @@ def evaluate(
             for variant, table in joined.items()
         }
         learnt = [_baselines(manifest, thumbnails, ids, classes) for manifest in manifests]
-        answers |= {name: np.concatenate([each[name] for each in learnt]) for name in metrics.BASELINES}
+        answers |= {name: np.concatenate([each[name] for each in learnt]) for name in learnt[0]}
         rows += metrics.multiclass_rows(
             np.searchsorted(classes, truth[among]),
             answers,

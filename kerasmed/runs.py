@@ -31,7 +31,7 @@ LOCATION_PARAMETERS = ("data_root", "models_root")
 KEY_DIGITS = 10
 # The columns of `collect`.
 COLLECTED = (
-    *("run", "status", "data_source", "task", "variant", "metric", "label", "value", "ci_low", "ci_high"),
+    *("run", "status", "data_source", "task", "variant", "validation", "metric", "label", "value", "ci_low", "ci_high"),
     *("baseline", "baseline_value", "difference", "difference_low", "difference_high", "error", "folder"),
 )
 
@@ -267,7 +267,9 @@ def promote(run: Path, variant: str, name: str) -> None:
         shutil.copyfile(variant_folder(run, variant) / "model.keras", temporary)
 
 
-def finish(run: Path, *, headline: Sequence[Mapping], rows: Sequence[Mapping]) -> dict:
+def finish(
+    run: Path, *, headline: Sequence[Mapping], rows: Sequence[Mapping], chosen_by: Mapping | None = None
+) -> dict:
     """Check and write metrics.json and mark the run complete.
 
     Args:
@@ -275,13 +277,14 @@ def finish(run: Path, *, headline: Sequence[Mapping], rows: Sequence[Mapping]) -
         headline: the rows that answer the notebook's question; their values are finite.
         rows: dicts of `kerasmed.metrics.multiclass_rows`: task, variant, split, metric, label, value, ci95, n,
             n_groups, baseline. An undefined value is None or NaN and has a `reason`.
+        chosen_by: metric, split and value that runs may be chosen by, such as of a sweep: never of the test split.
 
     Returns:
         What was written.
 
     Raises:
         ValueError: no headline, a headline value that is not finite or has no baseline, an undefined row without a
-            reason.
+            reason, or `chosen_by` looks at the test split or is not finite.
     """
     if not headline:
         raise ValueError("`headline` is empty; name at least one row that answers the notebook's question.")
@@ -295,8 +298,11 @@ def finish(run: Path, *, headline: Sequence[Mapping], rows: Sequence[Mapping]) -
     for row in rows:
         if (row["value"] is None or not math.isfinite(row["value"])) and not row.get("reason"):
             raise ValueError(f"row {row['variant']} {row['metric']} {row['label']} has no value and no `reason`.")
+    if chosen_by and (chosen_by["split"].startswith("test") or not math.isfinite(chosen_by["value"])):
+        raise ValueError(f"`chosen_by` is {dict(chosen_by)}; expected a finite value of a split that is not the test.")
     content = {
         "data_source": read_json(run / "environment.json")["data_source"],
+        "chosen_by": chosen_by,
         "headline": list(headline),
         "rows": list(rows),
     }
@@ -432,7 +438,8 @@ def collect(models_root=None) -> pd.DataFrame:
         models_root: a folder that holds `<system>/<run>/status.json`, or one system's folder, or one run.
 
     Returns:
-        DataFrame with the columns `COLLECTED`, newest run last; the difference is to the strongest baseline.
+        DataFrame with the columns `COLLECTED`, newest run last; the difference is to the strongest baseline, and
+        `validation` is the value that a run may be chosen by (None where it gives none).
     """
     top = paths.models_root(models_root)
     found = sorted(
@@ -450,22 +457,20 @@ def collect(models_root=None) -> pd.DataFrame:
             "folder": str(run),
         }
         has_metrics = state["status"] == "complete" and not (run / "summary.json").exists()
-        headline = read_json(run / "metrics.json")["headline"] if has_metrics else [{}]
-        for row in headline:
+        content = read_json(run / "metrics.json") if has_metrics else {"headline": [{}]}
+        for row in content["headline"]:
             baseline = row.get("baseline") or {}
-            low, high = row.get("ci95") or (None, None)
-            difference_low, difference_high = baseline.get("difference_ci95") or (None, None)
+            ends, difference = row.get("ci95") or [None] * 2, baseline.get("difference_ci95") or [None] * 2
             records.append(
                 {
                     **common,
+                    "validation": (content.get("chosen_by") or {}).get("value"),
                     **{name: row.get(name) for name in ("task", "variant", "metric", "label", "value")},
-                    "ci_low": low,
-                    "ci_high": high,
+                    **dict(zip(("ci_low", "ci_high"), ends)),
                     "baseline": baseline.get("variant"),
                     "baseline_value": baseline.get("value"),
                     "difference": baseline.get("difference"),
-                    "difference_low": difference_low,
-                    "difference_high": difference_high,
+                    **dict(zip(("difference_low", "difference_high"), difference)),
                 }
             )
     return pd.DataFrame(records, columns=COLLECTED)
@@ -482,10 +487,7 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
 
 def write_html(path: str | os.PathLike, table: pd.DataFrame) -> None:
     """Write a table of `collect` as one page without scripts or outside resources."""
-    style = (
-        "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}"
-        "td,th{padding:.3em .7em;text-align:left;border-bottom:1px solid #ddd}"
-    )
+    style = "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.3em .7em}"
     escaped = as_text(table.drop(columns="folder")).map(html.escape)
     escaped["folder"] = [f'<a href="{Path(folder).as_uri()}">folder</a>' for folder in table["folder"]]
     page = (

@@ -17,8 +17,8 @@ def assign(
     train and test, as far as a hundred deals of the folds allow; `groups_per_split` shows it.
 
     Args:
-        manifest: rows with `group_id` and exclusive label columns.
-        class_names: label columns; exactly one is 1 in a row.
+        manifest: rows with `group_id` and label columns, none unknown.
+        class_names: label columns. Where they do not exclude each other, each combination is kept in its share.
         test_share: share of images in test, in [0, 1).
         valid_share: share of images in valid, in (0, 1); with `test_share` below 1.
         seed: of the shuffle.
@@ -27,7 +27,7 @@ def assign(
         A copy with `split` assigned.
 
     Raises:
-        ValueError: missing group ids, shares out of range, fewer than three groups.
+        ValueError: missing group ids, unknown labels, shares out of range, fewer than three groups.
     """
     if not (test_share >= 0 and valid_share > 0 and test_share + valid_share < 1):
         raise ValueError(
@@ -64,8 +64,8 @@ def cross_validate(
     groups is in train first.
 
     Args:
-        manifest: rows with `group_id` and exclusive label columns.
-        class_names: label columns; exactly one is 1 in a row.
+        manifest: rows with `group_id` and label columns, none unknown.
+        class_names: label columns. Where they do not exclude each other, each combination is kept in its share.
         num_folds: at least 2; fewer are made where there are fewer groups.
         valid_share: share of all images in each fold's valid.
         seed: of the shuffles.
@@ -95,7 +95,7 @@ def published(manifest: pd.DataFrame, class_names, *, valid_share: float = 0.15,
     training images, which the column `leaked` marks.
 
     Args:
-        manifest: rows with the published `split`, `group_id` and exclusive label columns; some are test.
+        manifest: rows with the published `split`, `group_id` and label columns; some are test.
         class_names: label columns.
         valid_share: share of the images that are not test.
         seed: of the shuffle.
@@ -125,27 +125,33 @@ def folds(manifest: pd.DataFrame, class_names, *, num_folds: int = 5, seed: int 
     fold = np.zeros(len(manifest), int)
     # scikit-learn warns where a class has fewer images than folds; the folds are still the best there are.
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
-    for index, (_, held_out) in enumerate(
-        splitter.split(labels, labels.argmax(axis=1), manifest["group_id"].astype(str))
-    ):
+    for index, (_, held_out) in enumerate(splitter.split(labels, _strata(labels), manifest["group_id"].astype(str))):
         fold[held_out] = index
     return fold
 
 
+def _strata(labels: np.ndarray) -> np.ndarray:
+    """Number the label sets: the class where classes exclude each other, else each combination that occurs."""
+    if (labels.sum(axis=1) == 1).all():
+        return labels.argmax(axis=1)
+    return np.unique(labels, axis=0, return_inverse=True)[1].ravel()
+
+
 def _limit_folds(manifest, class_names, num_folds):
-    """At most as many folds as there are groups, and images of the largest class; refuse what cannot be split."""
+    """At most as many folds as there are groups, and images of the largest stratum; refuse what cannot be split."""
     missing = int(manifest["group_id"].isna().sum())
     if missing:
         raise ValueError(
             f"`group_id` is missing in {missing} rows; use the patient, or `audit.similarity_groups` where patients "
             "are unknown."
         )
-    if not (manifest[list(class_names)].sum(axis=1) == 1).all():
-        raise ValueError("labels are not exclusive; splitting several labels a row needs multi-label stratification.")
+    unknown = int(manifest[list(class_names)].isna().any(axis=1).sum())
+    if unknown:
+        raise ValueError(f"a label is unknown in {unknown} rows, which have no stratum; leave them out of the split.")
     num_groups = manifest["group_id"].nunique()
     if num_groups < 3:
         raise ValueError(f"{num_groups} groups cannot fill train, valid and test; at least 3 are needed.")
-    return min(num_folds, num_groups, int(manifest[list(class_names)].sum().max()))
+    return min(num_folds, num_groups, int(np.bincount(_strata(manifest[list(class_names)].to_numpy(int))).max()))
 
 
 def groups_per_split(manifest: pd.DataFrame, class_names) -> pd.DataFrame:

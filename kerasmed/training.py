@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -15,8 +16,18 @@ from kerasmed import runs
 logger = logging.getLogger(__name__)
 
 SCHEDULES = ("cosine", "plateau", "constant")
+OPTIMIZERS = ("adam", "sgd")
 # A notebook trains dozens of networks: short epochs share a line.
 _SECONDS_A_LINE = 60.0
+
+
+class Trained(NamedTuple):
+    """What a training left: a network's name (with its stage), its folder's name, history and predictions."""
+
+    variant: str
+    folder: str
+    history: pd.DataFrame
+    predictions: pd.DataFrame
 
 
 def fit(
@@ -29,15 +40,17 @@ def fit(
     epochs: int,
     loss,
     metrics=(),
+    optimizer: str = "adam",
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
     schedule: str = "plateau",
+    monitor: str = "val_loss",
     stop_patience: int = 5,
     plateau_patience: int = 2,
     plateau_factor: float = 0.2,
     jit_compile: bool | str = "auto",
 ) -> pd.DataFrame:
-    """Train a model's logits, keep the best weights by validation loss, and save it whole.
+    """Train a model's logits, keep the best weights by a value of the validation split, and save it whole.
 
     After each epoch `folder/checkpoint.npz` holds everything that the next one depends on: weights, optimizer slots,
     dropout's seed states, and the counters and best weights of early stopping and plateau. A later call on the same
@@ -52,26 +65,33 @@ def fit(
         epochs: at most so many.
         loss: of (targets, logits).
         metrics: Keras metrics of (targets, logits), shown and kept beside the loss.
-        learning_rate: Adam's, the first one.
-        weight_decay: AdamW's; 0 is Adam.
+        optimizer: "adam", or "sgd" with momentum 0.9.
+        learning_rate: the optimizer's first one.
+        weight_decay: share of a weight taken off per step, times the rate (with Adam: AdamW's); 0 for none.
         schedule: "cosine" (to 0 at the last epoch), "plateau" (times `plateau_factor` after `plateau_patience` epochs
-            without a better validation loss) or "constant".
-        stop_patience: stop after so many epochs without a better validation loss.
+            without a better `monitor`) or "constant".
+        monitor: "val_loss", or "val_" and a metric's name: the column of the history that tells which epoch is best.
+            Lower is better for the loss and for metrics that Keras counts as errors, higher for all others.
+        stop_patience: stop after so many epochs without a better `monitor`.
         plateau_patience, plateau_factor: see `schedule`.
         jit_compile: as in `keras.Model.compile`.
 
     Returns:
-        History, a row per epoch: epoch, learning_rate, loss, val_loss, each metric, seconds. The model holds the
-        weights of the best epoch.
+        History, a row per epoch: epoch, learning_rate, loss, val_loss, each metric, seconds, and kept: true in the
+        best epoch, whose weights the model holds.
 
     Raises:
-        ValueError: unknown schedule, no epochs, or a checkpoint of another architecture.
-        FloatingPointError: a loss is not finite.
+        ValueError: unknown schedule, optimizer or monitor, no epochs, or a checkpoint of another architecture or
+            monitor.
+        FloatingPointError: a loss or the monitor is not finite.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"`schedule` is {schedule!r}; expected one of {', '.join(SCHEDULES)}.")
     if epochs < 1:
         raise ValueError(f"`epochs` is {epochs}; expected at least 1.")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"`optimizer` is {optimizer!r}; expected one of {', '.join(OPTIMIZERS)}.")
+    mode = _mode(monitor, metrics)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "model.keras").exists():
@@ -88,15 +108,17 @@ def fit(
         if schedule == "cosine"
         else learning_rate
     )
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=weight_decay) if weight_decay else keras.optimizers.Adam(rate)
-    trained.compile(optimizer, loss, metrics=list(metrics), jit_compile=jit_compile)
+    # Keras resets no metric before a first epoch: one that served an earlier training would begin with its counts.
+    for metric in metrics:
+        metric.reset_state()
+    trained.compile(_optimizer(optimizer, rate, weight_decay), loss, metrics=list(metrics), jit_compile=jit_compile)
     # Half precision wraps the optimizer, so its variables are those of the compiled one.
     trained.optimizer.build(trained.trainable_variables)
 
-    stopping = keras.callbacks.EarlyStopping(patience=stop_patience, restore_best_weights=True)
-    plateau = keras.callbacks.ReduceLROnPlateau(factor=plateau_factor, patience=plateau_patience)
+    stopping = keras.callbacks.EarlyStopping(monitor, mode=mode, patience=stop_patience, restore_best_weights=True)
+    plateau = keras.callbacks.ReduceLROnPlateau(monitor, factor=plateau_factor, patience=plateau_patience, mode=mode)
     watched = [stopping, plateau] if schedule == "plateau" else [stopping]
-    checkpoint = _Checkpoint(folder, watched)
+    checkpoint = _Checkpoint(folder, watched, monitor, mode)
     first_epoch = checkpoint.load(trained)
     if first_epoch:
         logger.warning("resuming %s after epoch %d", folder.name, first_epoch)
@@ -112,10 +134,31 @@ def fit(
     )
     # The two models share their layers: early stopping has put the best weights into both.
     history = pd.DataFrame(checkpoint.history)
+    values = history[monitor]
+    history["kept"] = history.index == (values.idxmin() if mode == "min" else values.idxmax())
     runs.write_table(folder / "history.csv", history)
     runs.write_model(folder / "model.keras", model)
     (folder / "checkpoint.npz").unlink(missing_ok=True)
     return history
+
+
+def _mode(monitor, metrics):
+    """Whether the best `monitor` is the lowest ("min") or the highest ("max")."""
+    # A metric of Keras says in which direction it gets better; its own "auto" mode reads the same.
+    errors = {"val_loss": True}
+    errors |= {f"val_{metric.name}": getattr(metric, "_direction", "up") == "down" for metric in metrics}
+    if monitor not in errors:
+        raise ValueError(
+            f"`monitor` is {monitor!r}, which no epoch logs; expected one of {', '.join(errors)}. Add the metric to "
+            "`metrics`, or give it that name."
+        )
+    return "min" if errors[monitor] else "max"
+
+
+def _optimizer(name, rate, weight_decay):
+    if name == "sgd":
+        return keras.optimizers.SGD(rate, momentum=0.9, weight_decay=weight_decay or None)
+    return keras.optimizers.AdamW(rate, weight_decay=weight_decay) if weight_decay else keras.optimizers.Adam(rate)
 
 
 class _Checkpoint(keras.callbacks.Callback):
@@ -124,10 +167,12 @@ class _Checkpoint(keras.callbacks.Callback):
     It stands last among the callbacks: the others reset themselves when training begins.
     """
 
-    def __init__(self, folder, watched):
+    def __init__(self, folder, watched, monitor, mode):
         super().__init__()
         self.path = folder / "checkpoint.npz"
         self.watched = watched
+        self.monitor = monitor
+        self._better = min if mode == "min" else max
         self.history = []
         self.stopped = False
         self._loaded = None
@@ -145,6 +190,12 @@ class _Checkpoint(keras.callbacks.Callback):
             raise ValueError(
                 f"{self.path} holds {len(state['shapes'])} variables of another architecture or optimizer, the model "
                 f"has {len(variables)}; delete it to start anew."
+            )
+        # The best value so far is of no use to another monitor. A checkpoint that names none is of the loss.
+        if state.get("monitor", "val_loss") != self.monitor:
+            raise ValueError(
+                f"{self.path} was written with monitor {state.get('monitor', 'val_loss')!r}, this call has "
+                f"{self.monitor!r}; use the former, or delete it to start anew."
             )
         for position, variable in enumerate(variables):
             variable.assign(arrays[f"variable_{position}"])
@@ -169,10 +220,11 @@ class _Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         values = {name: float(value) for name, value in logs.items() if name != "learning_rate"}
-        if not np.isfinite([values["loss"], values["val_loss"]]).all():
+        decisive = {name: values[name] for name in ("loss", "val_loss", self.monitor)}
+        if not np.isfinite(list(decisive.values())).all():
             raise FloatingPointError(
-                f"loss {values['loss']}, val_loss {values['val_loss']} in epoch {epoch + 1} at rate {self._rate:.1e}; "
-                "lower `learning_rate` or look at the targets."
+                f"{', '.join(f'{name} {value}' for name, value in decisive.items())} in epoch {epoch + 1} at rate "
+                f"{self._rate:.1e}; lower `learning_rate` or look at the targets."
             )
         seconds = round(time.perf_counter() - self._began, 2)
         self.history.append({"epoch": epoch + 1, "learning_rate": self._rate, **values, "seconds": seconds})
@@ -182,6 +234,7 @@ class _Checkpoint(keras.callbacks.Callback):
             "history": self.history,
             "stopped": bool(self.model.stop_training),
             "num_best": len(best),
+            "monitor": self.monitor,
             "shapes": [list(v.shape) for v in variables],
             "callbacks": [
                 {
@@ -207,15 +260,16 @@ class _Checkpoint(keras.callbacks.Callback):
     def _print(self):
         """Print where training stands: the last epoch, and the best one."""
         self._printed, self._printed_epoch = time.perf_counter(), len(self.history)
-        best = min(self.history, key=lambda row: row["val_loss"])
+        best = self._better(self.history, key=lambda row: row[self.monitor])
         shown = "  ".join(
             f"{name} {value:.3f}"
             for name, value in self.history[-1].items()
             if name not in ("epoch", "learning_rate", "seconds")
         )
+        seconds = sum(row["seconds"] for row in self.history)
         print(
-            f"  epoch {self.history[-1]['epoch']:3d} of {self.params['epochs']}  {shown}  (best val_loss "
-            f"{best['val_loss']:.3f} in epoch {best['epoch']}; {sum(row['seconds'] for row in self.history):.0f} s)",
+            f"  epoch {self.history[-1]['epoch']:3d} of {self.params['epochs']}  {shown}  "
+            f"(best {self.monitor} {best[self.monitor]:.3f} in epoch {best['epoch']}; {seconds:.0f} s)",
             flush=True,
         )
 

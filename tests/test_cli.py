@@ -1,9 +1,11 @@
 import shutil
 
+import cv2
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from kerasmed import paths, runs
+from kerasmed import paths, pipelines, runs
 from kerasmed.cli import main
 
 
@@ -69,6 +71,87 @@ def test_data_list_and_synth(brain_root, tmp_path):
     assert "expected brain/" in _call("data", "list", "--data-root", tmp_path / "none").output
     refused = _call("data", "synth", "brain", brain_root)
     assert refused.exit_code == 2 and len(list((brain_root / "brain").rglob("*.jpg"))) == 96
+
+
+@pytest.fixture
+def audited(tmp_path, rng):
+    """A folder of ten unlike pictures in two splits and two labels."""
+    for number in range(10):
+        folder = tmp_path / "set" / ("train", "test")[number % 2] / ("ill", "well")[number // 5]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = cv2.resize(rng.integers(0, 256, (6, 6), dtype=np.uint8), (80, 70), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(folder / f"{number}.png"), picture)
+    return tmp_path / "set"
+
+
+def test_audit_writes_a_report_and_exits_with_0_where_the_gate_is_open(audited, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = _call("audit", "set")
+    assert result.exit_code == 0 and "10 of 10 files read" in result.output and "closed" not in result.output
+    content = runs.read_json(tmp_path / "audit-set/audit.json")
+    assert content["gate"]["open"] and content["images"] == 10 and content["findings"] == []
+    assert (tmp_path / "audit-set/audit.html").read_text().startswith("<!doctype html>")
+
+
+def test_audit_exits_with_3_where_the_gate_is_closed_and_names_all_of_it(audited, tmp_path):
+    shutil.copy(audited / "train/ill/0.png", audited / "test/well/copy.png")
+    cv2.imwrite(str(audited / "train/ill/black.png"), np.zeros((70, 80), np.uint8))
+    (audited / "train/ill/empty.png").touch()
+    result = _call("audit", audited, "--out", tmp_path / "out")
+    names = ["black", "label_conflict", "leak_duplicate", "leak_group"]
+    assert result.exit_code == 3 and f"the gate is closed by {', '.join(names)}" in result.output
+    assert "12 of 13 files read" in result.output and "unreadable" in result.output
+    assert runs.read_json(tmp_path / "out/audit.json")["gate"]["closed_by"] == names
+    accepted = [part for name in names for part in ("--accept", name)]
+    assert _call("audit", audited, "--out", tmp_path / "out", *accepted[2:]).exit_code == 3
+    result = _call("audit", audited, "--out", tmp_path / "out", *accepted)
+    assert result.exit_code == 0
+    assert runs.read_json(tmp_path / "out/audit.json")["gate"] == {"open": True, "closed_by": [], "accepted": names}
+    ungrouped = _call("audit", audited, "--out", tmp_path / "out", *accepted[:-2], "--similarity", 0)
+    assert ungrouped.exit_code == 0 and "leak_group" not in ungrouped.output
+
+
+def test_audit_of_a_manifest_finds_a_patient_in_two_splits(audited, tmp_path):
+    lines = ["image_path,patient_id,split", "train/ill/0.png,p1,train", "test/ill/1.png,p1,test", "gone.png,p2,test"]
+    (audited / "my.set.csv").write_text("\n".join(lines))
+    result = _call("audit", audited / "my.set.csv", "--out", tmp_path / "out")
+    assert result.exit_code == 3 and "the gate is closed by leak_patient" in result.output
+    content = runs.read_json(tmp_path / "out/audit.json")
+    assert content["name"] == "my.set" and [each["name"] for each in content["findings"]] == ["gone.png", "p1"]
+    assert content["findings"][0]["note"] == "absent"
+
+
+def test_audit_of_unreadable_files_alone_exits_with_3_and_of_one_image_with_0(tmp_path, audited):
+    for name in ("none", "one"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "none/a.png").touch()
+    shutil.copy(audited / "train/ill/0.png", tmp_path / "one")
+    result = _call("audit", tmp_path / "none", "--out", tmp_path / "out")
+    assert result.exit_code == 3 and "0 of 1 files read" in result.output and "closed by unreadable" in result.output
+    assert _call("audit", tmp_path / "one", "--out", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["set", "--accept", "blak"], "names ['blak']; expected some of leak_duplicate"),
+        (["set", "--similarity", "98"], "98.0 is not in the range"),
+        (["typo"], "typo does not exist; name a folder of images"),
+        (["set/empty"], "no image under set/empty"),
+        (["set/no.csv"], "lacks the columns ['image_path']"),
+        (["set/out.csv"], "leaves the data root"),
+        (["set/train/ill/0.png"], "neither a folder nor a CSV"),
+    ],
+)
+def test_audit_usage_errors_exit_with_2_before_anything_is_read(audited, monkeypatch, arguments, message):
+    (audited / "empty").mkdir()
+    (audited / "no.csv").write_text("path\na.png\n")
+    (audited / "out.csv").write_text("image_path\n../a.png\n")
+    monkeypatch.chdir(audited.parent)
+    monkeypatch.setattr(pipelines, "decode", lambda *_, **__: pytest.fail("decoded"))
+    result = _call("audit", *arguments)
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    assert not list(audited.parent.glob("audit-*"))
 
 
 def test_collect_prints_runs_and_errors_and_writes_a_page(tmp_path):

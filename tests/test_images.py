@@ -155,6 +155,29 @@ def test_resize_pad_keeps_the_aspect_ratio():
     assert (got[:, 4:12] == 200).all() and not got[:, :4].any() and not got[:, 12:].any()
 
 
+def test_facts_by_hand():
+    picture = np.array([[0, 10, 0], [10, 0, 10]], np.uint8)
+    noted = images.facts(picture)
+    assert noted[:3] == (2, 3, 10) and noted[3] == 5 and len(noted[4]) == 16
+    row = np.array([noted], images.FACTS)[0]
+    assert row.tolist() == noted and row.dtype.names == ("height", "width", "maximum", "std", "digest")
+
+
+def test_facts_digest_is_of_shape_and_pixels_alone(ramp):
+    digest = images.facts(ramp)[4]
+    turned = np.asfortranarray(ramp)
+    assert images.facts(turned)[4] == digest and images.facts(np.repeat(ramp, 2, axis=1)[:, ::2])[4] == digest
+    changed = ramp.copy()
+    changed[-1, -1] ^= 1
+    others = [images.facts(each)[4] for each in (changed, ramp.T, ramp.reshape(50, 40), ramp[:-1])]
+    assert len({digest, *others}) == 5
+
+
+def test_facts_of_black_white_and_one_pixel():
+    assert images.facts(np.zeros((4, 5), np.uint8))[:4] == (4, 5, 0, 0)
+    assert images.facts(np.full((1, 1), 255, np.uint8))[:4] == (1, 1, 255, 0)
+
+
 def test_finish_unknown_option_is_refused():
     with pytest.raises(ValueError, match="'squeeze'"):
         images.finish(np.zeros((4, 4), np.uint8), fit="squeeze")

@@ -36,6 +36,22 @@ def test_decode_equals_reading_each_file(tree):
         np.testing.assert_array_equal(store.thumbnails[row], images.thumbnail(images.read(tree[0] / path)))
 
 
+def test_decode_notes_facts_of_the_whole_pictures_beside_the_manifest(tree, monkeypatch):
+    monkeypatch.setattr(pipelines, "SHARD_ROWS", 6)
+    (tree[0] / "i 4.png").write_bytes(b"")
+    shutil.copy(tree[0] / "i 3.png", tree[0] / "i 9.png")
+    store = _decode(tree, max_quarantined_share=0.1)
+    assert store.facts.columns.tolist() == list(images.FACTS.names) and len(store.facts) == 19
+    for row, path in enumerate(store.manifest["image_path"]):
+        facts = images.facts(images.read(tree[0] / path))
+        assert store.facts.loc[row, ["height", "width", "maximum", "digest"]].tolist() == [*facts[:3], facts[4]]
+        assert store.facts["std"][row] == np.float32(facts[3])
+    assert store.facts["height"].tolist()[:4] == [30, 31, 32, 33]  # of the files, not of the store
+    copies = store.manifest.loc[store.facts["digest"].duplicated(keep=False), "image_path"]
+    assert copies.tolist() == ["i 3.png", "i 9.png"]
+    pd.testing.assert_frame_equal(_decode(tree, max_quarantined_share=0.1).facts, store.facts)
+
+
 def test_decode_again_opens_the_store_without_reading(tree, monkeypatch):
     first = _decode(tree)
     monkeypatch.setattr(images, "read", lambda *_: pytest.fail("decoded twice"))

@@ -19,7 +19,9 @@ def test_figures_have_titles_and_labelled_axes(rows, rng):
     )
     history = pd.DataFrame(
         {"epoch": [1, 2], "loss": [1, 0.5], "val_loss": [0.9, 1], "accuracy": [0.5, 0.6], "val_accuracy": [0.5, 0.4]}
+        | {"kept": [True, False]}
     )
+    history["kept"] = [True, False]
     figures = [
         plots.class_counts({"t": splits.groups_per_split(manifest, ("a", "b"))}, title="T"),
         plots.group_sizes({"t": np.array([1, 2, 2])}, title="T"),
@@ -48,6 +50,7 @@ def test_learning_curves_mark_the_kept_epoch():
             "val_loss": [0.9, 0.3, 0.5],
             "accuracy": [0, 0, 0],
             "val_accuracy": [0, 0, 0],
+            "kept": [False, True, False],
         }
     )
     figure = plots.learning_curves({"t": history}, title="T")

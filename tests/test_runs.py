@@ -248,6 +248,16 @@ def test_find_takes_a_mere_look_at_data_only_where_it_is_asked_for():
     assert runs.find("brain") == trained
 
 
+def test_finish_keeps_what_a_run_may_be_chosen_by_and_refuses_the_test_split():
+    run, chosen_by = _start(), {"metric": "f1", "split": "valid", "value": 0.7}
+    runs.finish(run, headline=[_row()], rows=[_row()], chosen_by=chosen_by)
+    assert runs.read_json(run / "metrics.json")["chosen_by"] == chosen_by
+    assert runs.collect(run)["validation"].tolist() == [0.7]
+    for wrong in ({**chosen_by, "split": "test, black"}, {**chosen_by, "value": float("nan")}):
+        with pytest.raises(ValueError, match="expected a finite value of a split that is not the test"):
+            runs.finish(run, headline=[_row()], rows=[_row()], chosen_by=wrong)
+
+
 def test_collect_lists_a_run_with_a_summary_in_one_row_without_numbers(tmp_path):
     runs.summarize(_start(fingerprint="1"), {"headline": ["4 images"]})
     runs.finish(_start(fingerprint="2"), headline=[_row()], rows=[_row()])

@@ -26,17 +26,13 @@ def _fit(folder, *, epochs=4, schedule="plateau", seed=0, **options):
         return pipelines.training_dataset(pixels, rows, targets[:36], batch_size=8, seed=1, first_epoch=first_epoch)
 
     valid = pipelines.evaluation_dataset(pixels, np.arange(36, 48), targets[36:])
-    history = training.fit(
-        model,
-        train,
-        valid,
-        folder=folder,
-        steps_per_epoch=5,
-        epochs=epochs,
-        schedule=schedule,
-        loss=losses.WeightedCategoricalCrossentropy(),
-        metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+    options = {
+        "loss": losses.WeightedCategoricalCrossentropy(),
+        "metrics": [keras.metrics.CategoricalAccuracy(name="accuracy")],
         **options,
+    }
+    history = training.fit(
+        model, train, valid, folder=folder, steps_per_epoch=5, epochs=epochs, schedule=schedule, **options
     )
     return model, history
 
@@ -89,6 +85,29 @@ def test_fit_resumed_equals_undisturbed_in_half_precision(tmp_path, monkeypatch,
         np.testing.assert_array_equal(one, other)
 
 
+def _f1():
+    return {"monitor": "val_f1", "metrics": [losses.F1()], "loss": keras.losses.BinaryCrossentropy(from_logits=True)}
+
+
+@pytest.mark.parametrize(("schedule", "weight_decay"), [("plateau", 0.0), ("cosine", 0.01)])
+def test_fit_resumed_equals_undisturbed_with_sgd_and_highest_f1(tmp_path, monkeypatch, schedule, weight_decay):
+    options = {"schedule": schedule, "weight_decay": weight_decay, "epochs": 7, "learning_rate": 0.1}
+    options |= {"optimizer": "sgd", "plateau_patience": 1, "stop_patience": 4, **_f1()}
+    whole, history = _fit(tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        _kill_after(patch, 5)
+        with pytest.raises(SystemExit):
+            _fit(tmp_path / "cut", **options)
+    resumed, resumed_history = _fit(tmp_path / "cut", seed=99, **options)
+    assert len(history) > 5
+    for one, other in zip(whole.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    pd.testing.assert_frame_equal(history.drop(columns="seconds"), resumed_history.drop(columns="seconds"))
+    # Killed while it waits for a better one: were the best F1 lost, the sixth epoch would count as better.
+    if schedule == "plateau":
+        assert history["val_f1"][:5].idxmax() < 4
+
+
 def test_fit_without_dropouts_seed_state_would_differ(tmp_path, monkeypatch):
     # Guards the test above: leaving the seed state out of the checkpoint must be seen.
     whole, _ = _fit(tmp_path / "whole")
@@ -128,6 +147,37 @@ def test_fit_keeps_the_best_epochs_weights_and_saves_them(tmp_path):
     )
 
 
+def test_fit_keeps_the_epoch_of_highest_f1_and_says_so(tmp_path, capsys):
+    options = {"optimizer": "sgd", "learning_rate": 0.1, "plateau_patience": 1}
+    model, history = _fit(tmp_path, epochs=8, **options, **_f1())
+    best = history["val_f1"].idxmax()
+    # Otherwise the loss would have chosen the same epoch, and the test would show nothing.
+    assert best != history["val_loss"].idxmin() and best + 1 != len(history)
+    pixels, targets = _setting()
+    trained = keras.Model(model.input, model.get_layer("logits").output)
+    logits = trained.predict(pixels[36:, ..., None], verbose=0)
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)(targets[36:], logits)
+    assert float(loss) == pytest.approx(history["val_loss"][best], rel=1e-4)
+    f1 = losses.F1()
+    f1.update_state(targets[36:], logits)
+    assert float(f1.result()) == pytest.approx(history["val_f1"].max(), rel=1e-6)
+    assert f"(best val_f1 {history['val_f1'].max():.3f} in epoch {best + 1};" in capsys.readouterr().out
+
+
+def test_fit_metric_of_an_earlier_training_begins_anew(tmp_path):
+    metrics = _f1()
+    histories = [_fit(tmp_path / name, epochs=1, **metrics)[1] for name in ("first", "second")]
+    pd.testing.assert_frame_equal(*(history.drop(columns="seconds") for history in histories))
+
+
+def test_fit_monitors_an_error_for_its_lowest_value(tmp_path, capsys):
+    error = keras.metrics.CategoricalCrossentropy(from_logits=True, name="entropy")
+    _, history = _fit(tmp_path, epochs=3, monitor="val_entropy", metrics=[error], learning_rate=0.01)
+    lowest = history["val_entropy"].idxmin()
+    assert lowest != history["val_entropy"].idxmax()
+    assert f"(best val_entropy {history['val_entropy'].min():.3f} in epoch {lowest + 1};" in capsys.readouterr().out
+
+
 def test_fit_finished_folder_is_only_loaded(tmp_path, monkeypatch):
     model, history = _fit(tmp_path, epochs=2)
     monkeypatch.setattr(keras.Model, "fit", lambda *_, **__: pytest.fail("trained again"))
@@ -152,12 +202,37 @@ def test_fit_checkpoint_of_another_architecture_is_refused(tmp_path, monkeypatch
         _fit(tmp_path, schedule="cosine", weight_decay=0.1, epochs=3)
 
 
+def test_fit_checkpoint_of_another_optimizer_or_monitor_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        _kill_after(patch, 1)
+        with pytest.raises(SystemExit):
+            _fit(tmp_path)
+    with pytest.raises(ValueError, match="another architecture or optimizer"):
+        _fit(tmp_path, optimizer="sgd")
+    with pytest.raises(ValueError, match="written with monitor 'val_loss', this call has 'val_accuracy'"):
+        _fit(tmp_path, monitor="val_accuracy")
+
+
+@pytest.mark.parametrize("monitor", ["val_f1", "accuracy", "val_acc"])
+def test_fit_monitor_that_no_epoch_logs_is_refused_before_training(tmp_path, monitor):
+    with pytest.raises(ValueError, match=f"'{monitor}', which no epoch logs; expected one of val_loss, val_accuracy"):
+        _fit(tmp_path / "new", monitor=monitor)
+    assert not (tmp_path / "new").exists()
+
+
 def test_fit_infinite_loss_is_an_error_that_names_the_rate(tmp_path):
     with pytest.raises(FloatingPointError, match="lower `learning_rate`"):
         _fit(tmp_path, learning_rate=1e30)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"schedule": "warm"}, "'warm'"), ({"epochs": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "warm"}, "'warm'"),
+        ({"epochs": 0}, "at least 1"),
+        ({"optimizer": "rmsprop"}, "'rmsprop'; expected one of adam, sgd"),
+    ],
+)
 def test_fit_unfit_options_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         _fit(tmp_path, **options)

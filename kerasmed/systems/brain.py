@@ -10,9 +10,8 @@ slices of patients, or copies of images, that are in training.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -38,6 +37,8 @@ from kerasmed import (
 from kerasmed.datasets import brain as data
 from kerasmed.datasets.synthetic import brain as synthetic
 from kerasmed.manifest import class_ids, targets
+from kerasmed.parameters import refuse
+from kerasmed.training import Trained
 
 NOTEBOOK = "07_brain_mri"  # whose runs `predict` uses
 CLASS_NAMES = data.CLASS_NAMES
@@ -66,6 +67,7 @@ class Config:
     equalize: bool
     max_quarantined_share: float
     similarity: float
+    accepted: Sequence[str]
     test_share: float
     valid_share: float
     folds: int
@@ -92,31 +94,34 @@ class Config:
     bootstraps: int
 
     def __post_init__(self):
-        _refuse(
+        refuse(
             "tasks", self.tasks, set(self.tasks) <= set(data.TASKS) and self.tasks, f"some of {', '.join(data.TASKS)}"
         )
         size = len(self.image_size) == 2 and all(isinstance(side, int) and side >= 16 for side in self.image_size)
-        _refuse("image_size", self.image_size, size, "[height, width], each at least 16")
+        refuse("image_size", self.image_size, size, "[height, width], each at least 16")
         images.check_options(fit=self.fit, interpolation=self.interpolation)
-        _refuse(
+        refuse(
             "networks",
             self.networks,
             set(self.networks) <= set(NETWORKS) and self.networks,
             f"some of {', '.join(NETWORKS)}",
         )
+        refuse(
+            "accepted", self.accepted, set(self.accepted) <= set(audit.FAILING), f"some of {', '.join(audit.FAILING)}"
+        )
         for name in ("tasks", "networks", "ablation"):
             given = getattr(self, name)
-            _refuse(name, given, len(set(given)) == len(given), "each but once")
+            refuse(name, given, len(set(given)) == len(given), "each but once")
         pretrained = [network for network in self.networks if network in backbones.NAMES]
         one_file = self.weights in ("imagenet", "none") or len(pretrained) <= 1
-        _refuse("weights", self.weights, one_file, "imagenet or none, as a file fits one backbone only")
+        refuse("weights", self.weights, one_file, "imagenet or none, as a file fits one backbone only")
         smallest = max([0, *(SMALLEST_SIDE.get(network, 0) for network in self.networks)])
         expected = f"at least {smallest} pixels a side, for {', '.join(self.networks)}"
-        _refuse("image_size", self.image_size, min(self.image_size) >= smallest, expected)
+        refuse("image_size", self.image_size, min(self.image_size) >= smallest, expected)
         for given in [asdict(self), *map(_parse_recipe, self.ablation)]:
             augment.build(given["augmentation"], tuple(self.image_size))
             library = given["augmentation_library"]
-            _refuse("augmentation_library", library, library in AUGMENTATION_LIBRARIES, "albumentations or keras")
+            refuse("augmentation_library", library, library in AUGMENTATION_LIBRARIES, "albumentations or keras")
         for name in (
             "synthetic_patients_per_class",
             "synthetic_slices_per_patient",
@@ -125,35 +130,19 @@ class Config:
             "epochs",
             "bootstraps",
         ):
-            _refuse(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            refuse(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("similarity", "test_share", "valid_share", "learning_rate", "unfrozen_learning_rate"):
-            _refuse(name, getattr(self, name), 0 < getattr(self, name) < 1, "a number between 0 and 1")
+            refuse(name, getattr(self, name), 0 < getattr(self, name) < 1, "a number between 0 and 1")
         test_share = self.test_share if self.folds == 1 else 1 / self.folds
-        _refuse("valid_share", self.valid_share, test_share + self.valid_share < 1, "with the test split's below 1")
-        _refuse("weights_seconds", self.weights_seconds, self.weights_seconds > 0, "more than 0")
+        refuse("valid_share", self.valid_share, test_share + self.valid_share < 1, "with the test split's below 1")
+        refuse("weights_seconds", self.weights_seconds, self.weights_seconds > 0, "more than 0")
         for name in ("weight_decay", "focusing", "stop_patience"):
-            _refuse(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        _refuse("max_quarantined_share", self.max_quarantined_share, 0 <= self.max_quarantined_share <= 1, "0 to 1")
-        _refuse("dropout", self.dropout, 0 <= self.dropout < 1, "at least 0 and below 1")
-        _refuse(
+            refuse(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        refuse("max_quarantined_share", self.max_quarantined_share, 0 <= self.max_quarantined_share <= 1, "0 to 1")
+        refuse("dropout", self.dropout, 0 <= self.dropout < 1, "at least 0 and below 1")
+        refuse(
             "schedule", self.schedule, self.schedule in training.SCHEDULES, f"one of {', '.join(training.SCHEDULES)}"
         )
-
-
-def _refuse(name, value, fits, expected):
-    if not fits:
-        raise ValueError(f"parameter `{name}` is {value!r}; expected {expected}.")
-
-
-def decode_options(parameters: Mapping) -> dict:
-    """Pick out of a run's parameters what `pipelines.decode` and `decode_stream` do with a file."""
-    options = {name: parameters[name] for name in ("fit", "interpolation", "equalize")}
-    return {"image_size": tuple(parameters["image_size"]), "read_options": options}
-
-
-def parameter_names() -> list[str]:
-    """Return the notebook parameters that a configuration is made of: all but the two roots."""
-    return [field.name for field in fields(Config)]
 
 
 def read(config: Config, source: datasets.Source, task: str) -> pipelines.Store:
@@ -170,7 +159,7 @@ def read(config: Config, source: datasets.Source, task: str) -> pipelines.Store:
     store = pipelines.decode(
         data.read(source.root, task),
         source.root,
-        **decode_options(asdict(config)),
+        **pipelines.decode_options(asdict(config)),
         max_quarantined_share=config.max_quarantined_share,
     )
     unread = [name for name in CLASS_NAMES[task] if not store.manifest[name].any()]
@@ -192,9 +181,16 @@ def split(config: Config, store: pipelines.Store, task: str) -> list[pipelines.S
         manifests = [splits.assign(store.manifest, names, test_share=config.test_share, **shares)]
     else:
         manifests = splits.cross_validate(store.manifest, names, num_folds=config.folds, **shares)
-    for manifest in manifests:
-        audit.gate(manifest)
-    return [store._replace(manifest=manifest) for manifest in manifests]
+    stores = [store._replace(manifest=manifest) for manifest in manifests]
+    for each in stores:
+        gate(config, each, task)
+    return stores
+
+
+def gate(config: Config, store: pipelines.Store, task: str) -> pd.DataFrame:
+    """Ask `audit.gate` whether a split store may be trained on; `accepted` is let through."""
+    identity = audit.identify(store.thumbnails, store.facts)
+    return audit.gate(store.manifest, identity, CLASS_NAMES[task], accepted=config.accepted)
 
 
 def published_splits(config: Config, store: pipelines.Store, task: str) -> dict[str, pipelines.Store]:
@@ -210,11 +206,6 @@ def published_splits(config: Config, store: pipelines.Store, task: str) -> dict[
     clean = manifest.assign(split=manifest["split"].mask(manifest["leaked"], "left out"))
     found = {"published test": manifest, "published test, clean": clean}
     return {name: store._replace(manifest=each) for name, each in found.items() if (each["split"] == "test").any()}
-
-
-def rows(store: pipelines.Store, split: str) -> np.ndarray:
-    """Return the positions of a split's images in the store, int."""
-    return np.flatnonzero(store.manifest["split"] == split)
 
 
 def build_model(config: Config, task: str, network: str) -> tuple[keras.Model, backbones.Receipt | None]:
@@ -254,21 +245,7 @@ def recipe(config: Config):
 def make_datasets(config: Config, store: pipelines.Store, task: str):
     """Make the training datasets (a function of the first epoch) and the validation dataset."""
     y = targets(store.manifest, CLASS_NAMES[task])
-    train, valid = rows(store, "train"), rows(store, "valid")
-    augmentation = recipe(config)
-
-    def train_from(first_epoch):
-        return pipelines.training_dataset(
-            store.images,
-            train,
-            y[train],
-            batch_size=config.batch_size,
-            seed=config.seed,
-            first_epoch=first_epoch,
-            augment=augmentation,
-        )
-
-    return train_from, pipelines.evaluation_dataset(store.images, valid, y[valid])
+    return pipelines.datasets_of(store, y, batch_size=config.batch_size, seed=config.seed, augment=recipe(config))
 
 
 def fit(
@@ -276,7 +253,7 @@ def fit(
 ) -> pd.DataFrame:
     """Train a model on a store's training rows, or go on with it; `options` of `training.fit` take precedence."""
     train_from, valid = make_datasets(config, store, task)
-    train = rows(store, "train")
+    train = pipelines.rows(store, "train")
     ids = class_ids(store.manifest, CLASS_NAMES[task])[train]
     weights = losses.balanced_class_weights(ids, len(CLASS_NAMES[task])) if config.class_weights else None
     options = {
@@ -297,15 +274,6 @@ def fit(
         metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
         **options,
     )
-
-
-class Trained(NamedTuple):
-    """What a training left: a network's name (with its stage), its folder's name, history and predictions."""
-
-    variant: str
-    folder: str
-    history: pd.DataFrame
-    predictions: pd.DataFrame
 
 
 def stages(config: Config, network: str) -> list[tuple[str, str | None, dict]]:
@@ -349,7 +317,7 @@ def train(
         environment.fresh(config.seed)
         model, receipt = build_model(config, task, network)
         for (variant, part, options), folder in zip(planned, folders):
-            print(f"{folder.name}: {len(rows(store, 'train'))} images to learn from", flush=True)
+            print(f"{folder.name}: {len(pipelines.rows(store, 'train'))} images to learn from", flush=True)
             if part:
                 backbones.set_trainable(model, network, part)
                 runs.write_json(folder / "weights.json", receipt.as_dict() if receipt else {"source": "none"})
@@ -453,7 +421,7 @@ def sign_boxes(config: Config, source: datasets.Source, store: pipelines.Store) 
     """Where the sign lies in each image: float (num_images, 4), see `synthetic.brain.sign_boxes`; NaN in real data."""
     if source.kind == "real":
         return np.full((len(store.manifest), 4), np.nan)
-    _refuse("fit", config.fit, config.fit == "stretch", "'stretch': boxes are scaled with the whole image")
+    refuse("fit", config.fit, config.fit == "stretch", "'stretch': boxes are scaled with the whole image")
     return synthetic.sign_boxes(source.root, store.manifest["image_path"], tuple(config.image_size))
 
 
@@ -471,7 +439,7 @@ def pointing_game(
     Returns:
         DataFrame, a row an image: image_path, hit, and chance, the share of the image that the sign's box covers.
     """
-    asked = rows(store, "test")
+    asked = pipelines.rows(store, "test")
     asked = asked[np.isfinite(boxes[asked]).all(axis=1)]
     maps = explain(store.images[asked])
     right = maps.class_ids == class_ids(store.manifest, CLASS_NAMES[task])[asked]
@@ -491,10 +459,15 @@ def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
         progress: show a bar.
 
     Returns:
-        DataFrame of `kerasmed.pipelines.predict_files`, with the columns of each task.
+        DataFrame of `kerasmed.pipelines.predict_files`, with `<task>`, the likeliest class, before each task's columns.
     """
     params = runs.read_json(run / "params.json")
-    loaded = {
-        task: (keras.saving.load_model(run / f"model-{task}.keras"), CLASS_NAMES[task]) for task in params["tasks"]
-    }
-    return pipelines.predict_files(path, loaded, **decode_options(params), progress=progress)
+    tasks = params["tasks"]
+    loaded = [(keras.saving.load_model(run / f"model-{task}.keras"), CLASS_NAMES[task]) for task in tasks]
+    table = pipelines.predict_files(path, loaded, **pipelines.decode_options(params), progress=progress)
+    for task in tasks:
+        probabilities = table[[f"p_{name}" for name in CLASS_NAMES[task]]]
+        likeliest = np.array(CLASS_NAMES[task])[probabilities.fillna(0).to_numpy().argmax(axis=1)]
+        place = table.columns.get_loc(probabilities.columns[0])
+        table.insert(place, task, np.where(table["error"] == "", likeliest, ""))
+    return table

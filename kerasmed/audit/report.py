@@ -1,0 +1,217 @@
+"""Audit any folder or manifest, and write what was found as one page and as JSON."""
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from kerasmed import images, manifest, runs
+from kerasmed.audit import findings, likeness, page, shortcuts
+from kerasmed.datasets import files
+
+_SPLIT_FOLDER = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?)(set)?(?![a-z])", re.IGNORECASE)
+# More names than this are no classes and no splits: folders of patients, say.
+_MOST_LABELS, _MOST_SPLITS = 200, 20
+
+
+class Report(NamedTuple):
+    """What an audit found."""
+
+    name: str
+    manifest: pd.DataFrame  # the images that could be read, with `group_id` where it is known or was found
+    thumbnails: np.ndarray  # uint8, (num_images, 64, 64), beside the manifest
+    class_names: Sequence[str]
+    found: pd.DataFrame  # of `findings.find`, with unreadable files and shortcuts, and `note`: why
+    probe: pd.DataFrame  # of `shortcuts.probe`
+    accepted: Sequence[str]
+
+    def closed_by(self) -> list[str]:
+        """Name the kinds of finding that close the gate; where no image could be read, that does."""
+        if self.manifest.empty:
+            return ["unreadable"]
+        kinds = set(self.found["kind"]) - set(self.accepted)
+        return [kind for kind in findings.KINDS if kind in findings.FAILING and kind in kinds]
+
+    def by_kind(self) -> pd.DataFrame:
+        """Count findings and the images in them, a row a kind that was found, in the order of `KINDS`."""
+        counts = self.found.groupby("kind")["images"].agg(findings="size", images="sum")
+        return counts.loc[[kind for kind in findings.KINDS if kind in counts.index]]
+
+    def groups(self) -> pd.Series:
+        """List the image paths of each `group_id` that several images have, largest group first."""
+        several = self.manifest[self.manifest["group_id"].duplicated(keep=False)]
+        listed = several.groupby("group_id")["image_path"].agg(list)
+        return listed.loc[listed.map(len).sort_values(ascending=False, kind="stable").index]
+
+
+def index(path) -> tuple[Path, pd.DataFrame, list[str]]:
+    """Read a bare folder of images, or a manifest, into a table.
+
+    Of a folder, an image's split is the first folder on its path that is named train, val, test or the like
+    ("Training", "val_1"); if none is, the first of several. Its label is the last of the other folders. More than 20
+    names are no splits, and more than 200 no labels: folders of patients, say.
+    A manifest is a CSV with `image_path` (relative to the CSV), as far as known `split`, `patient_id`, `study_id` and
+    `group_id`, and one column `label` of names or, without it, columns of labels that hold 1, 0 or nothing; other
+    columns are left alone.
+
+    Args:
+        path: folder or CSV file.
+
+    Returns:
+        The folder that paths are relative to; the table, a row an image, with the columns of
+        `kerasmed.manifest.COLUMNS` (missing where unknown) and of the labels; and the labels' names.
+
+    Raises:
+        FileNotFoundError: no such path, or no image below it.
+        ValueError: neither folder nor CSV; a CSV without `image_path` or rows, with a path twice, or with one that
+            leaves its folder; a label with the name of a column.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return path, *_of_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; name a folder of images, or a manifest (CSV).")
+    if path.suffix.lower() != ".csv":
+        raise ValueError(f"{path} is neither a folder nor a CSV; name a folder of images, or a manifest (CSV).")
+    table = pd.read_csv(path, dtype=dict.fromkeys([*manifest.COLUMNS, "label"], str), encoding="utf-8-sig")
+    missing = [name for name in manifest.COLUMNS if name not in table and name != "image_path"]
+    table = table.assign(**dict.fromkeys(missing, pd.Series(pd.NA, table.index, dtype="str")))
+    if "label" in table:
+        table, class_names = _one_hot(table)
+    else:
+        others = table.columns.difference([*manifest.COLUMNS, *manifest.OPTIONAL], sort=False)
+        class_names = [name for name in others if table[name].notna().any() and table[name].dropna().isin([0, 1]).all()]
+    # The splits of a strange table may have any name.
+    manifest.validate(table.assign(split="train"), class_names)
+    return path.parent, table, class_names
+
+
+def _of_folder(root: Path) -> tuple[pd.DataFrame, list[str]]:
+    paths = [Path(entry.path).relative_to(root) for entry in files(root)]
+    paths = [path for path in paths if path.suffix.lower() in images.SUFFIXES]
+    if not paths:
+        raise FileNotFoundError(f"no image under {root}; files ending in {', '.join(images.SUFFIXES)} are read.")
+    records = [(path.as_posix(), *_split_and_label(path.parts[:-1])) for path in paths]
+    table = pd.DataFrame(records, columns=["image_path", "split", "label"], dtype="str")
+    if table["split"].nunique() > _MOST_SPLITS:
+        table["split"] = table["split"].mask(table["split"].notna())
+    for name in ("patient_id", "study_id", "group_id"):
+        table[name] = pd.Series(pd.NA, table.index, dtype="str")
+    return _one_hot(table)
+
+
+def _split_and_label(folders: Sequence[str]) -> tuple[str | None, str | None]:
+    named = [place for place, name in enumerate(folders) if _SPLIT_FOLDER.match(name)]
+    place = named[0] if named else 0 if len(folders) > 1 else None
+    others = [name for other, name in enumerate(folders) if other != place]
+    return None if place is None else folders[place], others[-1] if others else None
+
+
+def _one_hot(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Turn the column `label` into a column a label, NaN where it is missing."""
+    labels, table = table["label"], table.drop(columns="label")
+    class_names = sorted(labels.dropna().unique())
+    if len(class_names) > _MOST_LABELS:
+        return table, []
+    taken = [name for name in class_names if name in table]
+    if taken:
+        raise ValueError(f"labels {taken} have the names of columns; rename them.")
+    known = labels.notna()
+    return table.assign(**{name: (labels == name).astype(float).where(known) for name in class_names}), class_names
+
+
+def examine(
+    table: pd.DataFrame,
+    class_names: Sequence[str],
+    *,
+    name: str,
+    thumbnails: np.ndarray,
+    facts: pd.DataFrame,
+    headers: pd.DataFrame,
+    quarantine: pd.DataFrame,
+    similarity: float | None = likeness.SAME_ANATOMY,
+    accepted: Collection[str] = (),
+    seed: int = 0,
+) -> Report:
+    """Look for everything that `KINDS` lists.
+
+    Args:
+        table: of `index`, the images that could be read.
+        class_names: its label columns.
+        name: of what is audited, for the report.
+        thumbnails, facts: of `kerasmed.pipelines.decode`, beside the table.
+        headers: of `kerasmed.images.headers`, beside the table.
+        quarantine: image_path and reason of the files that could not be read.
+        similarity: correlation above which thumbnails are of one group, where the table knows neither groups nor
+            patients; all pairs are compared, so 100,000 images take some ten minutes. None does without groups.
+        accepted: kinds, of `FAILING`, that do not close the gate.
+        seed: of the probe.
+
+    Returns:
+        `Report`.
+
+    Raises:
+        ValueError: `accepted` names no kind that could close the gate.
+    """
+    findings.check_accepted(accepted)
+    table = table.reset_index(drop=True)
+    identity = likeness.identify(thumbnails, facts)
+    if similarity and table[["group_id", "patient_id"]].isna().all(axis=None):
+        table = likeness.assign_groups(table, thumbnails, prefix="group", threshold=similarity)
+        # A black or constant image belongs to nobody, and all of them are one finding already.
+        table["group_id"] = table["group_id"].mask((identity["constant"] != "").to_numpy())
+    groups = table["group_id"].fillna(table["patient_id"])
+    groups = groups.fillna("alone-" + pd.Series(identity["near"].to_numpy()).astype(str))
+    probed = shortcuts.probe(shortcuts.measure(headers, thumbnails), _targets(table, class_names), groups, seed=seed)
+    short = probed[probed["low"] > shortcuts.SHORTCUT]
+    notes = [f"AUROC {row.auroc:.2f}, most by {row.strongest}" for row in short.itertuples()]
+    found = [
+        _noted("unreadable", quarantine["image_path"], quarantine["reason"], images=1),
+        findings.find(table, identity, class_names).assign(note=""),
+        _noted("shortcut", short["target"], notes, images=0),
+    ]
+    return Report(name, table, thumbnails, class_names, pd.concat(found, ignore_index=True), probed, list(accepted))
+
+
+def _targets(table: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:
+    """Lay out what is probed: each label, and each split where there are several."""
+    splits = sorted(table["split"].dropna().unique())
+    splits = splits if 1 < len(splits) <= _MOST_SPLITS else []
+    chosen = {f"split {split}": (table["split"] == split).astype(float) for split in splits}
+    return table[list(class_names)].assign(**chosen)
+
+
+def _noted(kind: str, names: Collection[str], notes: Collection[str], *, images: int) -> pd.DataFrame:
+    """Lay findings that are no sets of images out as `findings.find` does, with a note."""
+    rows = [(kind, name, images, "", "", [], note) for name, note in zip(names, notes)]
+    return pd.DataFrame(rows, columns=[*findings.COLUMNS, "note"]).astype({"images": int})
+
+
+def write(report: Report, folder) -> tuple[Path, Path]:
+    """Write a report as `audit.json`, with every finding and group, and `audit.html`, one page with the first of each.
+
+    Returns:
+        The paths of both files.
+    """
+    folder = Path(folder)
+    runs.write_json(folder / "audit.json", as_dict(report))
+    with runs.whole(folder / "audit.html") as temporary:
+        temporary.write_text(page.render(report), encoding="utf-8")
+    return folder / "audit.json", folder / "audit.html"
+
+
+def as_dict(report: Report) -> dict:
+    """Lay a report out as plain data: gate, counts by kind, every finding, groups of several images, probe."""
+    closed_by = report.closed_by()
+    return {
+        "name": report.name,
+        "images": len(report.manifest),
+        "gate": {"open": not closed_by, "closed_by": closed_by, "accepted": list(report.accepted)},
+        "kinds": report.by_kind().to_dict("index"),
+        "findings": report.found.to_dict("records"),
+        "groups": [{"group_id": name, "image_paths": paths} for name, paths in report.groups().items()],
+        "probe": report.probe.astype(object).where(report.probe.notna(), None).to_dict("records"),
+    }

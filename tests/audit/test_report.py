@@ -1,0 +1,254 @@
+import hashlib
+import json
+import time
+from collections import Counter
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from kerasmed import audit
+
+GATE = ["black", "constant", "label_conflict", "leak_duplicate", "leak_near_duplicate"]
+
+
+def _touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+# --- index -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "split", "label"),
+    [
+        ("x.png", None, None),
+        ("ill/x.png", None, "ill"),
+        ("Training/x.png", "Training", None),
+        ("val_1/x.png", "val_1", None),
+        ("testset/x.png", "testset", None),
+        ("train/ill/x.png", "train", "ill"),
+        ("north/ill/x.png", "north", "ill"),
+        ("brain/test/ill/x.png", "test", "ill"),
+        ("ill/test/x.png", "test", "ill"),
+        ("train/hand/patient1/study1_positive/x.png", "train", "study1_positive"),
+        ("valves/x.png", None, "valves"),
+        ("testicle/trained/x.png", "testicle", "trained"),
+    ],
+)
+def test_index_of_a_folder_takes_split_and_label_from_the_path(tmp_path, path, split, label):
+    _touch(tmp_path, path, "other/y.JPG", "notes.txt", ".hidden.png")
+    root, table, class_names = audit.index(tmp_path)
+    assert root == tmp_path and sorted(table["image_path"]) == sorted([path, "other/y.JPG"])
+    row = table.set_index("image_path").loc[path]
+    assert (row["split"] if pd.notna(row["split"]) else None) == split
+    known = [name for name in class_names if row[name] == 1]
+    assert known == ([label] if label else [])
+    assert row[class_names].isna().all() == (label is None)
+    assert table[["patient_id", "study_id", "group_id"]].isna().all(axis=None)
+
+
+def test_index_of_folders_of_patients_knows_no_labels_and_no_splits(tmp_path):
+    _touch(tmp_path, *(f"p{number}/x.png" for number in range(201)))
+    assert audit.index(tmp_path)[2] == []
+    _touch(tmp_path, *(f"p{number}/mri/x.png" for number in range(21)))
+    _, table, class_names = audit.index(tmp_path)
+    assert table["split"].isna().all() and class_names == []
+
+
+def test_index_of_nothing_says_what_is_read(tmp_path):
+    _touch(tmp_path, "notes.txt")
+    with pytest.raises(FileNotFoundError, match="no image under .*; files ending in .jpg"):
+        audit.index(tmp_path)
+    with pytest.raises(FileNotFoundError, match="name a folder of images, or a manifest"):
+        audit.index(tmp_path / "typo")
+    with pytest.raises(ValueError, match="notes.txt is neither a folder nor a CSV"):
+        audit.index(tmp_path / "notes.txt")
+
+
+def test_index_of_a_manifest_reads_ids_as_text_and_finds_the_labels(tmp_path):
+    text = """image_path,patient_id,split,Mass,Nodule,age,follow_up,sex,empty
+a.png,007,fold 1,1,,1,2,0,
+b.png,,,0,0,,3,1,
+"""
+    (tmp_path / "m.csv").write_text(text, encoding="utf-8-sig")  # as spreadsheets write it
+    root, table, class_names = audit.index(tmp_path / "m.csv")
+    assert root == tmp_path and class_names == ["Mass", "Nodule"]
+    assert table["patient_id"].tolist()[0] == "007" and pd.isna(table["patient_id"][1])
+    assert table["split"].tolist()[0] == "fold 1" and table[["study_id", "group_id"]].isna().all(axis=None)
+
+
+def test_index_of_a_manifest_with_one_column_of_names_takes_no_other(tmp_path):
+    (tmp_path / "m.csv").write_text("image_path,label,portable\na.png,1,0\nb.png,2,1\nc.png,,1\n")
+    _, table, class_names = audit.index(tmp_path / "m.csv")
+    assert class_names == ["1", "2"] and "label" not in table
+    np.testing.assert_array_equal(table[class_names], [[1, 0], [0, 1], [np.nan, np.nan]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "No columns"),
+        ("image_path\n", "has no rows"),
+        ("path,label\na.png,ill\n", r"lacks the columns \['image_path'\]"),
+        ("image_path\na.png\na.png\n", "image_path is not unique"),
+        ("image_path,age\n,3\n", "image_path is empty"),
+        ("image_path\n../a.png\n", "leaves the data root"),
+        ("image_path\n/etc/a.png\n", "leaves the data root"),
+        ("image_path,label\na.png,split\n", r"labels \['split'\] have the names of columns"),
+    ],
+)
+def test_index_of_a_manifest_that_cannot_be_used_is_refused(tmp_path, text, message):
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        audit.index(tmp_path / "m.csv")
+
+
+# --- planted faults --------------------------------------------------------------------------------------------------
+
+
+def _sets(found):
+    return {kind: [set(paths) for paths in each["image_paths"]] for kind, each in found.groupby("kind")}
+
+
+def test_examine_finds_every_planted_fault_and_nothing_else(planted, examined):
+    report = examined(planted.root)
+    found = report.found
+    groups = [*planted.expected["leak_duplicate"], *planted.expected["leak_near_duplicate"]]
+    assert _sets(found) == planted.expected | {"leak_group": groups}
+    assert found["kind"].tolist() == sorted(found["kind"], key=list(audit.KINDS).index)
+    unreadable = found.iloc[0]
+    assert (unreadable["name"], unreadable["note"]) == ("train/ill/empty.png", "empty file (0 bytes)")
+    assert report.closed_by() == [*GATE, "leak_group"]
+    counts = report.by_kind()
+    assert counts["findings"].tolist() == [1, 1, 1, 1, 1, 1, 2, 1, 1]
+    assert counts["images"].tolist() == [1, 3, 1, 2, 2, 2, 4, 2, 2]
+    # Groups hold copies of any kind, and no constant image.
+    kinds = ("leak_duplicate", "near_duplicate", "leak_near_duplicate", "exact_duplicate")
+    assert sorted(map(sorted, report.groups())) == sorted(sorted(planted.expected[kind][0]) for kind in kinds)
+
+
+def test_examine_of_a_manifest_finds_the_patient_in_two_splits_too(planted, examined):
+    table = pd.DataFrame({"image_path": sorted(path for path in _paths(planted.root))})
+    table["split"], table["label"] = (table["image_path"].str.split("/").str[place] for place in (0, 1))
+    table["patient_id"] = [f"p{row:02d}" for row in table.index]
+    shared = [planted.names[4], planted.names[9]]  # in train and in test
+    table.loc[table["image_path"].isin(shared), "patient_id"] = "p99"
+    table.to_csv(planted.root / "m.csv", index=False)
+    report = examined(planted.root / "m.csv", accepted=["black"])
+    assert _sets(report.found) == planted.expected | {"leak_patient": [set(shared)]}
+    leak = report.found.set_index("kind").loc["leak_patient"]
+    assert (leak["name"], leak["splits"], leak["labels"]) == ("p99", "test+train", "ill")
+    assert report.closed_by() == [*GATE[1:], "leak_patient"]
+    assert report.groups().empty  # patients are known: nobody is grouped by likeness
+
+
+def _paths(root):
+    return [path.relative_to(root).as_posix() for path in root.rglob("*.*")]
+
+
+def test_examine_groups_by_likeness_where_asked_and_ids_are_unknown(drawn, plant, examined):
+    folder = plant(drawn).root
+    assert examined(folder, similarity=None).groups().empty
+    table = pd.DataFrame({"image_path": sorted(_paths(folder))})
+    table.loc[3, "group_id"] = "known"
+    table.to_csv(folder / "m.csv", index=False)
+    assert examined(folder / "m.csv").groups().empty
+
+
+def test_examine_finds_a_shortcut_and_lets_it_pass(tmp_path, heads, examined):
+    for number, head in enumerate(heads(60)):
+        label, size = ("ill", (90, 80)) if number % 2 else ("well", (80, 80))
+        (tmp_path / "s" / label).mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / "s" / label / f"{number}.png"), cv2.resize(head, size))
+    report = examined(tmp_path / "s")
+    assert report.found["kind"].tolist() == ["shortcut"] * 2 and report.found["name"].tolist() == ["ill", "well"]
+    assert report.found["note"].tolist() == ["AUROC 1.00, most by width"] * 2
+    assert report.by_kind().loc["shortcut"].tolist() == [2, 0] and report.closed_by() == []
+
+
+def test_examine_accepts_only_what_could_close_the_gate(drawn, plant, examined):
+    with pytest.raises(ValueError, match=r"names \['blak'\]"):
+        examined(plant(drawn).root, accepted=["blak"])
+
+
+def test_examine_of_a_folder_of_unreadable_files_closes_the_gate(tmp_path, examined):
+    _touch(tmp_path, "s/train/ill/a.png", "s/test/well/b.png")
+    report = examined(tmp_path / "s")
+    assert report.manifest.empty and report.closed_by() == ["unreadable"]
+    assert report.found["name"].tolist() == ["test/well/b.png", "train/ill/a.png"]
+    for file in audit.write(report, tmp_path / "out"):
+        assert "empty file (0 bytes)" in file.read_text()
+
+
+def test_examine_of_one_image_finds_nothing(tmp_path, drawn, examined):
+    (tmp_path / "s").mkdir()
+    drawn[0].rename(tmp_path / "s/one.png")
+    report = examined(tmp_path / "s")
+    assert report.found.empty and report.closed_by() == [] and report.groups().empty
+    audit.write(report, tmp_path / "out")
+
+
+def test_examine_finds_no_pair_among_the_real_radiographs(real_data, examined):
+    report = examined(real_data / "chest/images")
+    assert len(report.manifest) == 90 and report.found.empty and report.groups().empty and report.closed_by() == []
+    others = [
+        audit.nearest(report.thumbnails[[row]], np.delete(report.thumbnails, row, axis=0))[1] for row in range(90)
+    ]
+    assert max(others)[0] == pytest.approx(0.946, abs=0.001)  # far below `SAME_PICTURE`
+
+
+@pytest.mark.slow
+def test_examine_counts_the_copies_in_the_real_brain_sets(real_data, examined):
+    files = Counter(
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in (real_data / "brain/brain_tumor/train").rglob("*.jpg")
+    )
+    copied = [count for count in files.values() if count > 1]
+    assert (len(copied), sum(copied) - len(copied)) == (73, 93)
+    report = examined(real_data / "brain/brain_tumor/train")
+    exact = report.found[report.found["kind"] == "exact_duplicate"]
+    assert (len(exact), (exact["images"] - 1).sum()) == (75, 101)  # by decoded pixels
+    same = {path: number for number, paths in enumerate(exact["image_paths"]) for path in paths}
+    root = real_data / "brain/brain_tumor/train"
+    by_bytes = pd.Series({path: hashlib.sha256((root / path).read_bytes()).hexdigest() for path in same})
+    assert by_bytes.groupby(by_bytes).size().gt(1).sum() == 73
+    assert pd.Series(same).groupby(by_bytes).nunique().eq(1).all()
+    assert set(report.found["kind"]) == {"exact_duplicate", "near_duplicate", "shortcut"}  # no conflict
+    assert len(report.groups()) >= 75
+
+
+@pytest.mark.slow
+def test_examine_of_all_7991_real_slices_takes_less_than_90_seconds_after_decoding(real_data, examined):
+    examined(real_data / "brain")  # decodes
+    start = time.perf_counter()
+    report = examined(real_data / "brain")
+    assert time.perf_counter() - start < 90
+    assert len(report.manifest) == 7991 and report.groups().map(len).ge(25).sum() >= 200
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_write_json_holds_every_finding_without_nan_or_absolute_path(tmp_path, drawn, plant, examined):
+    folder = plant(drawn)
+    report = examined(folder.root, accepted=["black"])
+    written, page = audit.write(report, tmp_path / "deep/out")
+    assert (written.name, page.name) == ("audit.json", "audit.html")
+    text = written.read_text(encoding="utf-8")
+    assert "NaN" not in text and "Infinity" not in text and str(tmp_path) not in text + page.read_text(encoding="utf-8")
+    content = json.loads(text)
+    assert content["gate"] == {"open": False, "closed_by": [*GATE[1:], "leak_group"], "accepted": ["black"]}
+    assert (content["name"], content["images"], len(content["groups"])) == ("t", 20, 4)
+    assert content["kinds"]["leak_group"] == {"findings": 2, "images": 4}
+    assert [each["image_paths"] for each in content["findings"]] == report.found["image_paths"].tolist()
+    assert [(row["target"], row["images"]) for row in content["probe"]][:2] == [("ill", 20), ("well", 20)]
+    assert sorted(path.name for path in (tmp_path / "deep/out").iterdir()) == ["audit.html", "audit.json"]
+
+
+def test_write_twice_gives_the_same_files(tmp_path, drawn, plant, examined):
+    folder = plant(drawn).root
+    one, other = (audit.write(examined(folder), tmp_path / name) for name in ("one", "other"))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]

@@ -28,6 +28,25 @@ def _transforms(image_size):
             A.CenterCrop(height, width),
         ],
         "shift": lambda: [A.Affine(translate_percent=(-0.06, 0.06), border_mode=cv2.BORDER_CONSTANT, p=0.5)],
+        "flip_vertical": lambda: [A.VerticalFlip(p=0.5)],
+        "rotate_any": lambda: [A.Rotate(limit=90, border_mode=cv2.BORDER_CONSTANT, p=0.5)],
+        # In degrees, drawn for each axis; a number alone would be a fixed angle, not a range.
+        "shear": lambda: [A.Affine(shear=(-15, 15), border_mode=cv2.BORDER_CONSTANT, p=0.5)],
+        "scale_wide": lambda: [
+            A.RandomScale(scale_limit=(-0.2, 0.3), p=0.5),
+            A.PadIfNeeded(height, width, border_mode=cv2.BORDER_CONSTANT),
+            A.CenterCrop(height, width),
+        ],
+        # Each side by its own share of the picture, then resized back: off centre, and stretched a little.
+        "pad": lambda: [A.CropAndPad(percent=(0.0, 0.2), border_mode=cv2.BORDER_CONSTANT, p=0.5)],
+        "crop": lambda: [A.CropAndPad(percent=(-0.2, 0.0), p=0.5)],
+        "blur": lambda: [A.GaussianBlur(sigma_limit=(0.5, 1.5), p=0.5)],
+        # One black rectangle, each side 0.2 to 0.4 of the picture's.
+        "cutout": lambda: [
+            A.CoarseDropout(
+                num_holes_range=(1, 1), hole_height_range=(0.2, 0.4), hole_width_range=(0.2, 0.4), fill=0, p=0.5
+            )
+        ],
     }
 
 

@@ -76,7 +76,8 @@ def build_augmentation(
     """Build a recipe of `kerasmed.augment` a second time, with Keras's layers on whole batches.
 
     The same transforms with the same strengths and probabilities, drawn by other generators: results on one recipe
-    should not depend on which library drew it. Zoom is uniform in the inverse scale here, in the scale there.
+    should not depend on which library drew it. "scale" is uniform in the inverse scale here, in the scale there; the
+    sides of "cutout" are uniform in their squares here, in themselves there.
 
     Args:
         names: any of `kerasmed.augment.NAMES`, applied in the order given; empty for no augmentation.
@@ -132,8 +133,66 @@ def _brightness_contrast(images, generator):
     return (1 + contrast) * images + 255 * brightness
 
 
+def _warped(images, rows, fill_mode="constant"):
+    """Images read at x' = a · x + b · y + c, y' = d · x + e · y + f; black outside, or the nearest pixel.
+
+    `rows` are (a, b, c, d, e, f), each (batch,) or a number; the centre of the first pixel is (0, 0).
+    """
+    entries = [ops.broadcast_to(ops.cast(entry, "float32"), images.shape[:1]) for entry in (*rows, 0, 0)]
+    return ops.image.affine_transform(images, ops.stack(entries, axis=1), fill_mode=fill_mode)
+
+
+def _sheared(images, generator):
+    """Both axes by ± 15 degrees, about the centre."""
+    limit = np.pi / 12
+    x, y = (ops.tan(keras.random.uniform((len(images),), -limit, limit, seed=generator)) for _ in range(2))
+    # Pixels are looked up, not sent: the matrix is the inverse of the shear's.
+    scale = 1 / (1 - x * y)
+    centre_y, centre_x = (np.array(images.shape[1:3]) - 1) / 2
+    a, b, d = scale, -x * scale, -y * scale
+    return _warped(images, (a, b, centre_x - a * centre_x - b * centre_y, d, a, centre_y - d * centre_x - a * centre_y))
+
+
+def _scaled(images, generator):
+    """By 0.8 to 1.3, about the centre."""
+    step = 1 / keras.random.uniform((len(images),), 0.8, 1.3, seed=generator)
+    centre_y, centre_x = (np.array(images.shape[1:3]) - 1) / 2
+    return _warped(images, (step, 0, centre_x * (1 - step), 0, step, centre_y * (1 - step)))
+
+
+def _framed(sign, fill_mode):
+    """Each side moved out (sign 1) or in (sign -1) by up to 0.2 of the picture, which is then resized back."""
+
+    def transform(images, generator):
+        height, width = images.shape[1:3]
+        top, right, bottom, left = (
+            sign * keras.random.uniform((len(images),), 0, 0.2, seed=generator) for _ in range(4)
+        )
+        x_step, y_step = 1 + left + right, 1 + top + bottom
+        # Resizing keeps the outer edges in place, which are half a pixel outside the first and last centres.
+        x_first, y_first = (x_step - 1) / 2 - left * width, (y_step - 1) / 2 - top * height
+        return _warped(images, (x_step, 0, x_first, 0, y_step, y_first), fill_mode)
+
+    return transform
+
+
+def _blurred(images, generator):
+    """Gaussian of σ 0.5 to 1.5 pixels, one draw an image; Keras's own layer draws one a batch."""
+    sigma = keras.random.uniform((len(images), 1, 1, 1), 0.5, 1.5, seed=generator)
+    radius = min(5, min(images.shape[1:3]) - 1)  # beyond three σ; the border can be mirrored no further
+    weights = ops.exp(-ops.square(ops.arange(-radius, radius + 1, dtype="float32") / sigma) / 2)
+    weights = weights / ops.sum(weights, axis=-1, keepdims=True)
+    for _ in range(2):
+        # Along the first axis of the picture, which then changes places with the other.
+        padded = ops.pad(images, ((0, 0), (radius, radius), (0, 0), (0, 0)), mode="reflect")
+        length = images.shape[1]
+        images = sum(weights[..., k : k + 1] * padded[:, k : k + length] for k in range(2 * radius + 1))
+        images = ops.transpose(images, (0, 2, 1, 3))
+    return images
+
+
 _BLACK = {"fill_mode": "constant", "fill_value": 0.0}
-# Name -> function that makes (probability, transform); the flip's layer draws its own halves.
+# Name -> function that makes (probability, transform); the layers of the flips draw their own halves.
 _TRANSFORMS = {
     "flip": lambda: (1.0, _drawn(keras.layers.RandomFlip("horizontal"))),
     "noise": lambda: (0.5, _noise),
@@ -142,4 +201,12 @@ _TRANSFORMS = {
     "brightness_contrast": lambda: (0.5, _brightness_contrast),
     "scale": lambda: (0.5, _drawn(keras.layers.RandomZoom((-0.1, 0.1), **_BLACK))),
     "shift": lambda: (0.5, _drawn(keras.layers.RandomTranslation(0.06, 0.06, **_BLACK))),
+    "flip_vertical": lambda: (1.0, _drawn(keras.layers.RandomFlip("vertical"))),
+    "rotate_any": lambda: (0.5, _drawn(keras.layers.RandomRotation(90 / 360, **_BLACK))),
+    "shear": lambda: (0.5, _sheared),
+    "scale_wide": lambda: (0.5, _scaled),
+    "pad": lambda: (0.5, _framed(1, "constant")),
+    "crop": lambda: (0.5, _framed(-1, "nearest")),
+    "blur": lambda: (0.5, _blurred),
+    "cutout": lambda: (0.5, _drawn(keras.layers.RandomErasing((1.0, 1.0), (0.2**2, 0.4**2), fill_value=0.0))),
 }

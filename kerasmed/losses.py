@@ -1,4 +1,9 @@
-"""Weighted losses, from logits, on any Keras backend."""
+"""Weighted losses and a metric of labels, from logits, on any Keras backend.
+
+Yes-or-no labels need no loss of their own: `keras.losses.BinaryCrossentropy(from_logits=True)` is theirs. Nor do they
+need an accuracy: `keras.metrics.BinaryAccuracy(threshold=0.0)` takes a logit above 0, a probability above one half, as
+present.
+"""
 
 import keras
 import numpy as np
@@ -78,3 +83,27 @@ class WeightedCategoricalCrossentropy(keras.losses.Loss):
 
     def get_config(self):
         return {**super().get_config(), "class_weights": self.class_weights, "focusing": self.focusing}
+
+
+@keras.saving.register_keras_serializable(package="kerasmed")
+class F1(keras.metrics.F1Score):
+    """F1 of yes-or-no labels, from logits: per label over all images seen, then averaged over the labels.
+
+        F1 = 2 · TP / (2 · TP + FP + FN),   predicted present where sigmoid(logit) > threshold
+
+    A label with neither a present nor a predicted image counts as 0.
+
+    Args:
+        average: "macro" (mean over labels), "micro" (counts of all labels together), "weighted" (by the number of
+            present images) or None (one value a label).
+        threshold: on the probability, in (0, 1]; 0.5 is a logit of 0.
+        name: of the metric.
+
+    Call with y_true (batch, num_labels) of 0 and 1, and logits (batch, num_labels).
+    """
+
+    def __init__(self, average: str | None = "macro", threshold: float = 0.5, name: str = "f1", **kwargs):
+        super().__init__(average=average, threshold=threshold, name=name, **kwargs)
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        super().update_state(y_true, ops.sigmoid(ops.cast(y_pred, self.dtype)), sample_weight)

@@ -2,7 +2,7 @@
 
 Every builder returns an uncompiled functional model whose input is `uint8`, shape `(height, width, 1)`, and whose
 preprocessing is a layer of the model, so that a saved `.keras` file takes the pixels that `kerasmed.images.read`
-returns. The head is `Dense(name="logits")` in float32 and then the activation, named `probabilities`.
+returns. The head is a layer named `logits`, in float32, and then the activation, named `probabilities`.
 """
 
 import keras
@@ -10,6 +10,7 @@ from keras import layers
 
 from kerasmed.layers import BATCH_NORM_MOMENTUM
 
+LABEL_LOSSES = ("binary", "categorical")
 FIVE_BLOCK_SIDE = 63  # pixels, of which five blocks leave one position
 
 
@@ -37,6 +38,44 @@ def classification_head(features, num_classes: int, *, dropout: float = 0.0, act
         features = layers.Dropout(dropout, name="head_dropout")(features)
     logits = layers.Dense(num_classes, dtype="float32", name="logits")(features)
     return layers.Activation(activation, dtype="float32", name="probabilities")(logits)
+
+
+def label_head(features, num_labels: int, *, loss: str = "binary"):
+    """Append the head of yes-or-no labels: a layer "logits" and its sigmoid `probabilities`, all in float32.
+
+    "binary" gives a label one score, its logit. "categorical" gives it two, s₁ for present and s₀ for absent, as where
+    each label is a softmax over two classes that trains with categorical cross-entropy. The logit is then s₁ − s₀, as
+
+        softmax(s₀, s₁)₁ = exp(s₁) / (exp(s₀) + exp(s₁)) = sigmoid(s₁ − s₀)
+
+    and the pair's categorical cross-entropy is the binary cross-entropy of the difference. So
+    `keras.losses.BinaryCrossentropy(from_logits=True)` trains both; what differs is the number of weights, and that a
+    step moves two scores apart where it moved one.
+
+    Args:
+        features: tensor, shape (batch, num_features).
+        num_labels: number of labels, at least 1.
+        loss: "binary": layer `Dense(num_labels, name="logits")`; "categorical": two such layers, "scores_present" and
+            "scores_absent", and their difference "logits".
+
+    Returns:
+        Tensor of probabilities that the label is present, shape (batch, num_labels), not summing to 1.
+
+    Raises:
+        ValueError: unknown loss, or no labels.
+    """
+    if loss not in LABEL_LOSSES:
+        raise ValueError(
+            f"`loss` is {loss!r}; expected 'binary' (a score a label) or 'categorical' (two: present and absent)."
+        )
+    if num_labels < 1:
+        raise ValueError(f"`num_labels` is {num_labels}; a head needs at least 1.")
+    if loss == "binary":
+        return classification_head(features, num_labels, activation="sigmoid")
+    present = layers.Dense(num_labels, dtype="float32", name="scores_present")(features)
+    absent = layers.Dense(num_labels, dtype="float32", name="scores_absent")(features)
+    logits = layers.Subtract(dtype="float32", name="logits")([present, absent])
+    return layers.Activation("sigmoid", dtype="float32", name="probabilities")(logits)
 
 
 def _conv_bn(x, filters, name, *, kernel_size=3, strides=1, relu=True):

@@ -1,7 +1,12 @@
+import warnings
+
 import numpy as np
 import pytest
 
 from kerasmed import augment
+
+# What moves pixels, and nothing else.
+GEOMETRIC = ("flip", "rotate", "scale", "shift", "flip_vertical", "rotate_any", "shear", "scale_wide", "pad", "crop")
 
 
 @pytest.fixture
@@ -14,6 +19,91 @@ def test_build_each_recipe_keeps_shape_and_type_and_changes_something(name, batc
     got = augment.build((name,), (32, 24))(batch, seed=1)
     assert got.shape == batch.shape and got.dtype == np.uint8
     assert (got != batch).any()
+
+
+def test_build_arguments_are_those_of_the_installed_albumentations():
+    # It only warns of an argument that it does not know, and goes on with its default.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        augment.build(augment.NAMES, (32, 24))(np.zeros((1, 32, 24), np.uint8), seed=0)
+
+
+@pytest.mark.parametrize("name", [*GEOMETRIC, "blur", "cutout"])
+def test_build_black_stays_black(name):
+    assert not augment.build((name,), (32, 24))(np.zeros((20, 32, 24), np.uint8), seed=0).any()
+
+
+def _sides(masks):
+    """Height and width of each mask's True rectangle, as shares of the picture."""
+    return [masks.any(axis=axis).mean(axis=1) for axis in (2, 1)]
+
+
+def test_build_flip_vertical_mirrors_top_and_bottom_of_about_half(rng):
+    batch = rng.integers(0, 256, (400, 4, 4), dtype=np.uint8)
+    got = augment.build(("flip_vertical",), (4, 4))(batch, seed=0)
+    flipped = (got == batch[:, ::-1]).all(axis=(1, 2))
+    assert (flipped | (got == batch).all(axis=(1, 2))).all()
+    assert flipped.mean() == pytest.approx(0.5, abs=0.1)  # 400 draws at 0.5: four standard deviations
+
+
+def test_build_rotate_any_turns_a_line_by_up_to_a_quarter():
+    line = np.zeros((200, 65, 65), np.uint8)
+    line[:, 31:34] = 255
+    got = augment.build(("rotate_any",), (65, 65))(line, seed=0)
+    # Moments of the line within the largest circle, which no turn cuts.
+    y, x = np.mgrid[-32:33, -32:33]
+    weights = got * (x**2 + y**2 < 32**2)
+    covariance = [(weights * moment).sum(axis=(1, 2)) for moment in (x * x, x * y, y * y)]
+    angles = np.degrees(np.arctan2(2 * covariance[1], covariance[0] - covariance[2]) / 2)
+    turned = np.abs(angles[np.abs(angles) > 0.5])
+    # Uniform in 0–90: of 100 draws at least one lies above 80 and one below 10, and the mean is 45 ± 4 · 2.6
+    assert turned.max() > 80 and turned.min() < 10 and turned.mean() == pytest.approx(45, abs=11)
+
+
+def test_build_scale_wide_spans_its_range():
+    square = np.zeros((300, 64, 64), np.uint8)
+    square[:, 20:44, 20:44] = 255
+    heights, widths = _sides(augment.build(("scale_wide",), (64, 64))(square, seed=0) > 127)
+    # 24 pixels by 0.8 to 1.3 are 19.2 to 31.2
+    assert (np.abs(heights - widths) < 1.5 / 64).all()
+    assert 18.5 < 64 * heights.min() < 21 and 29.5 < 64 * heights.max() < 32
+
+
+def test_build_pad_and_crop_move_each_side_by_up_to_a_fifth(rng):
+    white = np.full((300, 60, 60), 255, np.uint8)
+    padded = augment.build(("pad",), (60, 60))(white, seed=0) > 127
+    heights, widths = _sides(padded)
+    # All four frames of 0.2 leave 1 / 1.4 of the side; one of 0.2 alone is 0.2 / 1.2 of it.
+    assert 1 / 1.4 - 0.02 < min(heights.min(), widths.min()) < 0.8
+    assert np.corrcoef(heights[heights < 1], widths[heights < 1])[0, 1] < 0.4  # not one draw for both axes
+    first_rows = padded.any(axis=2).argmax(axis=1) / 60
+    assert 0.12 < first_rows.max() < 0.2 / 1.2 + 0.02
+    # Cropped, a ramp loses up to 0.2 at either end.
+    ramp = np.repeat(np.linspace(0, 250, 60).astype(np.uint8)[None, None], 300, axis=0).repeat(60, axis=1)
+    cropped = augment.build(("crop",), (60, 60))(ramp, seed=0)
+    left, right = cropped[:, 0, 0] / 250, cropped[:, 0, -1] / 250
+    assert left.min() == 0 and 0.17 < left.max() < 0.21 and right.max() == 1 and 0.79 < right.min() < 0.83
+
+
+def test_build_blur_spreads_a_point_by_the_stated_width():
+    point = np.zeros((200, 33, 33), np.uint8)
+    point[:, 16, 16] = 255
+    got = augment.build(("blur",), (33, 33))(point, seed=0).astype(float)
+    # The middle of a Gaussian holds 1 / (2 π σ²): 0.57 for σ = 0.5 (0.62 in pixels) and 0.071 for 1.5.
+    middle = got[:, 16, 16] / 255
+    blurred = middle[middle < 1]
+    assert 0.066 < blurred.min() < 0.085 and 0.4 < blurred.max() < 0.66
+    assert 72 < len(blurred) < 128  # 200 draws at 0.5: four standard deviations
+
+
+def test_build_cutout_blackens_one_rectangle_of_the_stated_size():
+    white = np.full((300, 50, 50), 255, np.uint8)
+    holes = augment.build(("cutout",), (50, 50))(white, seed=0) == 0
+    heights, widths = (side[holes.any(axis=(1, 2))] for side in _sides(holes))
+    np.testing.assert_allclose(holes.mean(axis=(1, 2))[holes.any(axis=(1, 2))], heights * widths)  # a full rectangle
+    for sides in (heights, widths):
+        assert 0.2 <= sides.min() < 0.22 and 0.38 <= sides.max() <= 0.4
+    assert np.corrcoef(heights, widths)[0, 1] < 0.4
 
 
 def test_build_same_seed_same_pixels_other_seed_others(batch):

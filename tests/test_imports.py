@@ -25,10 +25,12 @@ LAYERS = {
     "predictions": 1,
     "multilabel": 1,
     "plots": 1,
+    "classifiers": 1,
     "losses": 2,
     "layers": 2,
     "backbones": 2,
     "models": 2,
+    "scan_networks": 2,
     "pipelines": 3,
     "training": 3,
     "gradcam": 3,
@@ -72,7 +74,7 @@ def _loaded_after(statement):
 def test_imports_of_layers_0_and_1_leave_tensorflow_out():
     modules = ", ".join(f"kerasmed.{name}" for name, layer in LAYERS.items() if layer <= 1)
     systems = "kerasmed.datasets.{0}, kerasmed.datasets.synthetic.{0}"
-    modules = ", ".join([modules, systems.format("brain")])
+    modules = ", ".join([modules, systems.format("brain"), systems.format("tritask")])
     loaded = _loaded_after(f"import {modules}")
     assert not loaded & {"tensorflow", "keras"}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kerasmed import augment
-from kerasmed.layers import Preprocessing, build_augmentation
+from kerasmed.layers import _TRANSFORMS, Preprocessing, build_augmentation
 
 
 def test_preprocessing_by_hand():
@@ -78,6 +78,33 @@ def head():
     return np.repeat(picture[None], 300, axis=0)
 
 
+def test_build_augmentation_knows_the_names_of_albumentations():
+    assert tuple(_TRANSFORMS) == augment.NAMES
+
+
+@pytest.mark.parametrize("name", [name for name in augment.NAMES if "noise" not in name and "bright" not in name])
+def test_build_augmentation_black_stays_black(name):
+    assert not build_augmentation((name,), (32, 24))(np.zeros((20, 32, 24), np.uint8), seed=0).any()
+
+
+CENTRED = [name for name in augment.NAMES if name not in ("shift", "pad", "crop", "cutout")]
+
+
+@pytest.mark.parametrize("name", CENTRED)
+def test_build_augmentation_keeps_the_middle_where_it_is(name):
+    # A dot in the centre of an oblong picture stays there under all that is centred, in either library.
+    dot = np.zeros((40, 33, 25), np.uint8)
+    dot[:, 15:18, 11:14] = 200
+    for build in (augment.build, build_augmentation):
+        got = build((name,), (33, 25))(dot, seed=0).astype(float)
+        weights = got - np.median(got, axis=(1, 2), keepdims=True)
+        weights[weights < 60] = 0
+        y, x = ((weights * axis).sum(axis=(1, 2)) / weights.sum(axis=(1, 2)) for axis in np.mgrid[:33, :25])
+        # Albumentations scales to whole pixels and centres those, up to half a pixel off.
+        np.testing.assert_allclose(y, 16, atol=0.6)
+        np.testing.assert_allclose(x, 12, atol=0.6)
+
+
 @pytest.mark.parametrize("name", augment.NAMES)
 def test_build_augmentation_changes_as_much_and_as_often_as_albumentations(head, name):
     changed, strength, brightness = [], [], []
@@ -93,6 +120,33 @@ def test_build_augmentation_changes_as_much_and_as_often_as_albumentations(head,
     # Albumentations shifts and scales by whole pixels and cuts noise towards 0: up to a fifth of the change.
     assert strength[1] == pytest.approx(strength[0], rel=0.25)
     assert brightness[1] == pytest.approx(brightness[0], rel=0.06)
+
+
+@pytest.mark.parametrize("name", ["shear", "scale_wide", "pad", "crop", "blur"])
+def test_build_augmentation_with_given_draws_equals_opencv(name, head, monkeypatch):
+    picture = head[0]
+    height, width = picture.shape
+    centre = np.array([[1, 0, (width - 1) / 2], [0, 1, (height - 1) / 2], [0, 0, 1]])
+    shear = np.array([[1, np.tan(0.2), 0], [np.tan(-0.1), 1, 0], [0, 0, 1]])
+
+    def resized(part):
+        return cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR)
+
+    # What is drawn, in order: angles of x and y; the scale; top, right, bottom, left; σ.
+    drawn, expected = {
+        "shear": ([0.2, -0.1], cv2.warpAffine(picture, (centre @ shear @ np.linalg.inv(centre))[:2], (width, height))),
+        "scale_wide": ([4 / 3], resized(picture[12:-12, 10:-10])),
+        "pad": ([0.125, 0, 0.0625, 0.1], resized(np.pad(picture, ((12, 6), (8, 0))))),
+        "crop": ([0.125, 0, 0.0625, 0.1], resized(picture[12:-6, 8:])),
+        "blur": ([1.2], cv2.GaussianBlur(picture, (11, 11), 1.2)),
+    }[name]
+    draws = iter(drawn)
+    monkeypatch.setattr(keras.random, "uniform", lambda shape, *_, **__: np.full(shape, next(draws), np.float32))
+    _, transform = _TRANSFORMS[name]()
+    got = transform(keras.ops.cast(picture[None, ..., None], "float32"), None).numpy()[0, ..., 0]
+    # OpenCV rounds places to 1/32 of a pixel and results to whole grey levels.
+    np.testing.assert_allclose(got, expected, atol=2)
+    assert not list(draws)
 
 
 def test_build_augmentation_same_seed_same_pixels_other_seed_others(rng):

@@ -61,3 +61,64 @@ def test_balanced_class_weights_average_one_over_the_images(rng):
 def test_balanced_class_weights_empty_class_is_refused():
     with pytest.raises(ValueError, match=r"classes \[1\] have no training image"):
         losses.balanced_class_weights(np.array([0, 2]), 3)
+
+
+# --- F1 --------------------------------------------------------------------------------------------------------------
+
+
+def _f1(y_true, logits, **options):
+    metric = losses.F1(**options)
+    for rows in np.array_split(np.arange(len(logits)), 2):  # as batches
+        metric.update_state(np.float32(y_true)[rows], np.float32(logits)[rows])
+    return metric.result().numpy()
+
+
+def test_f1_by_hand():
+    # Label 1: TP 1, FP 1, FN 1: 2 / 4. Label 2: TP 2, FP 0, FN 1: 4 / 5. Label 3: none present, none predicted: 0.
+    y_true = [[1, 1, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]]
+    logits = [[2, 0.1, -1], [0.3, 5, -1], [-0.2, -3, -1], [-1, -1, -1]]
+    # Keras adds 1e-7 to each denominator.
+    np.testing.assert_allclose(_f1(y_true, logits, average=None), [0.5, 0.8, 0], atol=1e-6)
+    assert _f1(y_true, logits) == pytest.approx(1.3 / 3, abs=1e-6)
+    assert _f1(y_true, logits, average="micro") == pytest.approx(6 / 9, abs=1e-6)
+    # sigmoid(2) = 0.88: only 2 and 5 stay.
+    np.testing.assert_allclose(_f1(y_true, logits, average=None, threshold=0.8), [2 / 3, 0.5, 0], atol=1e-6)
+
+
+def test_f1_of_right_and_of_wrong_answers():
+    y_true = np.eye(3)[[0, 1, 2, 0]]
+    assert _f1(y_true, 9 * y_true - 1) == pytest.approx(1, abs=1e-6)
+    assert _f1(y_true, 1 - 9 * y_true) == 0
+    assert _f1(y_true, 0 * y_true) == 0  # a probability of one half is not above it
+
+
+def test_f1_equals_scikit_learns(rng):
+    from sklearn.metrics import f1_score
+
+    y_true, logits = rng.integers(0, 2, (50, 3)), rng.normal(size=(50, 3))
+    for average in ("macro", "micro", "weighted"):
+        assert _f1(y_true, logits, average=average) == pytest.approx(
+            f1_score(y_true, logits > 0, average=average), abs=1e-6
+        )
+
+
+def test_f1_round_trips_through_its_config():
+    metric = losses.F1(average="micro", threshold=0.3, name="mine")
+    config = keras.saving.serialize_keras_object(metric)
+    assert config["registered_name"] == "kerasmed>F1"
+    copy = keras.saving.deserialize_keras_object(config)
+    assert isinstance(copy, losses.F1) and copy.get_config() == metric.get_config()
+    assert copy.threshold == 0.3 and copy.average == "micro" and copy.name == "mine"
+
+
+@pytest.mark.parametrize("options", [{"average": "samples"}, {"threshold": 0.0}])
+def test_f1_unfit_options_are_refused(options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
+        losses.F1(**options)
+
+
+def test_binary_accuracy_of_keras_takes_logits_with_a_threshold_of_zero():
+    accuracy = keras.metrics.BinaryAccuracy(threshold=0.0)
+    # Right: 3 of 4. At Keras's default of 0.5, 0.2 would count as absent.
+    accuracy.update_state(np.float32([[1, 0], [1, 1]]), np.float32([[0.2, -0.2], [3, -3]]))
+    assert float(accuracy.result()) == 0.75

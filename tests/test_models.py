@@ -58,6 +58,48 @@ def test_classification_head_unknown_activation_is_refused():
         models.classification_head(keras.Input((4,)), 2, activation="tanh")
 
 
+@pytest.mark.parametrize("loss", models.LABEL_LOSSES)
+def test_label_head_puts_float32_logits_before_independent_probabilities(loss, rng):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        features = keras.Input((5,), dtype="float16")
+        model = keras.Model(features, models.label_head(features, 3, loss=loss))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    head = model.layers[1:]
+    assert {layer.compute_dtype for layer in head} == {"float32"} and model.output.dtype == "float32"
+    assert model.count_params() == {"binary": 18, "categorical": 36}[loss]
+    parts = keras.Model(features, [model.get_layer("logits").output, model.output])
+    logits, probabilities = (part.numpy() for part in parts(np.float16(rng.normal(size=(4, 5)))))
+    assert probabilities.shape == (4, 3)
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits)), atol=1e-6)  # float32
+
+
+def test_label_head_of_two_scores_is_a_softmax_over_each_pair_with_its_cross_entropy(rng):
+    features = keras.Input((5,))
+    probabilities = models.label_head(features, 3, loss="categorical")
+    model = keras.Model(features, probabilities)
+    names = ("scores_absent", "scores_present", "logits")
+    parts = keras.Model(features, [*(model.get_layer(name).output for name in names), probabilities])
+    # Scores of up to some 10, where a probability rounds to 0 or 1 but a logit does not.
+    absent, present, logits, got = (part.numpy() for part in parts(np.float32(rng.normal(0, 5, (64, 5)))))
+    pairs = np.stack([absent, present], axis=-1)
+    assert np.abs(logits).max() > 8
+    np.testing.assert_allclose(got, keras.ops.softmax(pairs)[..., 1], atol=1e-6)  # float32
+    y = rng.integers(0, 2, (64, 3))
+    pairwise = keras.losses.CategoricalCrossentropy(from_logits=True)(np.eye(2)[y], pairs)
+    binary = keras.losses.BinaryCrossentropy(from_logits=True)(y, logits)
+    assert float(binary) == pytest.approx(float(pairwise), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "loss", "message"), [(3, "focal", "'focal'; expected 'binary'"), (0, "categorical", "at least 1")]
+)
+def test_label_head_unfit_arguments_are_refused(num_labels, loss, message):
+    with pytest.raises(ValueError, match=message):
+        models.label_head(keras.Input((4,)), num_labels, loss=loss)
+
+
 def test_five_block_cnn_is_the_published_plain_network():
     model = models.five_block_cnn((64, 64), 4)
     # 2×2 kernels: 320 + 16,448 + 32,896 + 131,328 + 524,800; one position left: 131,328 + 32,896 + 516

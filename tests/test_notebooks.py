@@ -5,10 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from kerasmed import datasets, notebooks, paths, runs
+from kerasmed.cli import main
 from kerasmed.datasets import brain
 from kerasmed.notebooks import parse_value
 from kerasmed.systems.brain import Config
@@ -299,3 +303,67 @@ def test_brain_config_is_the_parameters_cell():
     names = set(notebooks.describe("07_brain_mri").parameters)
     assert names == {field.name for field in fields(Config)} | set(runs.LOCATION_PARAMETERS)
     assert list(brain.TASKS) == notebooks.describe("07_brain_mri").parameters["tasks"].default
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+SWEPT = GOOD.replace("rows=[row])", 'rows=[row], chosen_by={"metric": "f1", "split": "valid", "value": rate * epochs})')
+
+
+def test_parse_grid_and_points_combine_every_value():
+    grid = dict(notebooks.parse_grid(text) for text in ("rate=0.1,1e-3", "optimizer=adam,sgd", "tasks=['a','b'],['c']"))
+    assert grid == {"rate": [0.1, 0.001], "optimizer": ["adam", "sgd"], "tasks": [["a", "b"], ["c"]]}
+    found = notebooks.points(grid)
+    assert len(found) == 8 and found[1] == {"rate": 0.1, "optimizer": "adam", "tasks": ["c"]}
+    assert notebooks.parse_grid("one=true") == ("one", [True])
+    for text in ("rate", "rate="):
+        with pytest.raises(ValueError, match="write --grid name=value,value"):
+            notebooks.parse_grid(text)
+    for values in (3, "abc", []):
+        with pytest.raises(ValueError, match="expected a list of values to try"):
+            notebooks.points({"rate": values})
+
+
+def _sweep(*arguments):
+    return CliRunner().invoke(main, ["sweep", "10_tiny", "--profile", "smoke", *map(str, arguments)])
+
+
+def test_sweep_runs_every_point_and_ends_in_one_table_by_validation(project, tmp_path):
+    project(SWEPT.replace("runs.finish", "assert epochs != 3, 'three is too many'\nruns.finish"))
+    (tmp_path / "grid.yaml").write_text("epochs: [1, 2, 3]\n")
+    result = _sweep("--grid-file", tmp_path / "grid.yaml", "--grid", "rate=0.1,0.2", "--out", tmp_path / "t.csv")
+    assert result.exit_code == 1 and "2 of 6 failed: 10_tiny, 10_tiny" in result.output
+    assert "three is too many" in result.output and "[6/6]" in result.output
+    table = pd.read_csv(tmp_path / "t.csv")
+    assert table[["epochs", "rate"]].values.tolist() == [[2, 0.2], [1, 0.2], [2, 0.1], [1, 0.1]]
+    np.testing.assert_allclose(table["validation"], [0.4, 0.2, 0.2, 0.1])
+    assert table["t all accuracy"].tolist() == [0.2, 0.1, 0.2, 0.1]  # epochs / 10: the test has no say in the order
+    assert table["t all accuracy baseline"].unique().tolist() == ["majority 0.100"]
+    assert len(set(table["run"])) == 4 and (paths.models_root() / "brain" / table["run"][0]).is_dir()
+    again = _sweep("--grid", "epochs=1,2", "--grid", "rate=0.2", "--out", tmp_path / "u.csv")
+    assert again.exit_code == 0 and again.output.count("finished already") == 2
+    assert pd.read_csv(tmp_path / "u.csv")["run"].tolist() == table["run"].tolist()[:2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to sweep over"),
+        (["--grid", "epoch=1,2"], "did you mean epochs?"),
+        (["--grid", "epochs=1,two"], "is 'two'; expected int"),
+        (["--grid", "epochs"], "write --grid name=value,value"),
+    ],
+)
+def test_sweep_refuses_every_typo_before_the_first_run(project, arguments, message):
+    project(SWEPT)
+    result = _sweep(*arguments)
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    assert not paths.models_root().exists()
+
+
+def test_the_shipped_sweep_is_of_parameters_that_the_notebook_knows():
+    for path in (paths.notebooks_root() / "sweeps").glob("*.yaml"):
+        notebook, grid = notebooks.describe(path.stem), yaml.safe_load(path.read_text())
+        found = [notebooks.resolve(notebook, profile="full", given=point) for point in notebooks.points(grid)]
+        assert len(found) == 144

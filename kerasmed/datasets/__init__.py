@@ -1,8 +1,11 @@
 """Where each system's data lie, and readers from their real layout to a manifest.
 
-A system's module (`datasets/<system>.py`) states `CLASS_NAMES` (part to classes), `SOURCES` (part to link and licence),
-`LAYOUT`, `ARCHIVE_FOLDERS` (part to the folders of its download), `folder(root)` (where its data lie under a data root,
-or None) and `read(root, part)`; `datasets/synthetic/<system>.py` has `write(root, **options)`.
+A system's module (`datasets/<system>.py`) states `CLASS_NAMES` (part to classes), `EXCLUSIVE` (whether every image has
+exactly one of them), `SOURCES` (part to link and licence, empty where there is no public link), `LAYOUT`,
+`ARCHIVE_FOLDERS` (part to the folders of its download), `TABLES` (files of a part's folder that are no images but
+belong there), `folder(root)` (where its data lie under a data root, or None), `part_folder(root, part)` and
+`read(root, part)`; `datasets/synthetic/<system>.py` has `write(root, **options)`, which writes `synthetic.json` and
+`truth.csv` into the system's folder.
 """
 
 import hashlib
@@ -18,11 +21,13 @@ import joblib
 import pandas as pd
 
 from kerasmed import images, paths
+from kerasmed.manifest import SPLITS
 
-SYSTEMS = ("brain",)
+SYSTEMS = ("brain", "tritask")
 DATA_SOURCES = ("auto", "real", "synthetic")
 # Written into every synthetic set, so that it can never pass for real data.
 SYNTHETIC_MARKER = "synthetic.json"
+SYNTHETIC_FILES = (SYNTHETIC_MARKER, "truth.csv")
 
 
 class Source(NamedTuple):
@@ -81,10 +86,13 @@ def locate(system: str, parameters: Mapping, *, data_root=None) -> Source:
     if folder:
         return Source(root, kind(folder))
     if data_source == "real" or (data_source == "auto" and paths.is_data_root_chosen(data_root)):
-        raise FileNotFoundError(
-            f"no {system} data under {root}; expected {module.LAYOUT}. Get them with `kerasmed data "
-            f"fetch {system}` or from {', '.join(link for link, _ in module.SOURCES.values())}."
+        links = ", ".join(link for link, _ in module.SOURCES.values())
+        mend = (
+            f"Get them with `kerasmed data fetch {system}` or from {links}."
+            if links
+            else "No public link is known: lay the files out by hand, or name the data root that holds them."
         )
+        raise FileNotFoundError(f"no {system} data under {root}; expected {module.LAYOUT}. {mend}")
     options = {
         name.removeprefix("synthetic_"): value for name, value in parameters.items() if name.startswith("synthetic_")
     }
@@ -115,7 +123,9 @@ def check(system: str, root, *, jobs: int = -1) -> tuple[pd.DataFrame, pd.DataFr
         jobs: joblib workers.
 
     Returns:
-        Counts of images by part, split and class, and problems (part, file, problem), empty where all is well.
+        Counts of images by part, split and class, and problems (part, file, problem), empty where all is well. Where
+        an image may have several labels or none, "(none)", "(no label)" and "(all images)" stand beside the classes:
+        images of which every label is known and none is 1, images of which no label is known, and all.
     """
     module = reader(system)
     root = Path(root)
@@ -125,23 +135,16 @@ def check(system: str, root, *, jobs: int = -1) -> tuple[pd.DataFrame, pd.DataFr
         )
     counts, problems = [], []
     for part, class_names in module.CLASS_NAMES.items():
-        if not (module.folder(root) / part).is_dir():
-            problems.append({"part": part, "file": str(module.folder(root) / part), "problem": "absent"})
+        home = module.part_folder(root, part)
+        if not home.is_dir():
+            problems.append({"part": part, "file": str(home), "problem": "absent"})
             continue
         try:
             frame = module.read(root, part)
         except (ValueError, OSError) as error:
             problems.append({"part": part, "file": "", "problem": str(error)})
             continue
-        counts.append(
-            frame.groupby("split")[list(class_names)]
-            .sum()
-            .rename_axis(columns="class")
-            .stack()
-            .rename("images")
-            .reset_index()
-            .assign(part=part)
-        )
+        counts.append(_count(frame, list(class_names), exclusive=module.EXCLUSIVE).assign(part=part))
         reasons = joblib.Parallel(n_jobs=jobs, prefer="threads")(
             joblib.delayed(_why_unreadable)(root / path) for path in frame["image_path"]
         )
@@ -150,15 +153,34 @@ def check(system: str, root, *, jobs: int = -1) -> tuple[pd.DataFrame, pd.DataFr
             for path, reason in zip(frame["image_path"], reasons)
             if reason
         ]
-        listed = {*frame["image_path"], f"{system}/{part}/patients.csv"}
-        present = [Path(entry.path).relative_to(root).as_posix() for entry in files(module.folder(root) / part)]
+        expected = {home / name for name in module.TABLES}
+        if kind(module.folder(root)) == "synthetic":
+            expected |= {module.folder(root) / name for name in SYNTHETIC_FILES}
+        listed = {*frame["image_path"], *(path.relative_to(root).as_posix() for path in expected)}
+        present = [Path(entry.path).relative_to(root).as_posix() for entry in files(home)]
         problems += [
-            {"part": part, "file": path, "problem": "left out: no image by its suffix, or not in a class folder"}
+            {"part": part, "file": path, "problem": "left out: no image by its suffix, or not in a folder of images"}
             for path in present
             if path not in listed
         ]
     table = pd.concat(counts)[["part", "split", "class", "images"]] if counts else pd.DataFrame()
     return table, pd.DataFrame(problems, columns=["part", "file", "problem"])
+
+
+def _count(frame: pd.DataFrame, class_names: list[str], *, exclusive: bool) -> pd.DataFrame:
+    """Count images by split and class: split, class, images."""
+    labels = frame[class_names]
+    members = labels == 1  # an unknown label is not 1
+    if not exclusive:
+        members = members.assign(
+            **{
+                "(none)": (labels == 0).all(axis=1),
+                "(no label)": labels.isna().all(axis=1),
+                "(all images)": True,
+            }
+        )
+    counts = members.groupby(frame["split"]).sum().rename_axis(columns="class")
+    return counts.loc[[split for split in SPLITS if split in counts.index]].stack().rename("images").reset_index()
 
 
 def _why_unreadable(path: Path) -> str:
@@ -182,10 +204,16 @@ def fetch(system: str, root, *, download: Callable[[str], str] | None = None) ->
         The folders made; those already there are left alone.
 
     Raises:
+        ValueError: unknown system, or one without a public link.
         ImportError: kagglehub is not installed.
         FileNotFoundError: the archive has not the folders that it is known by.
     """
     module = reader(system)
+    if not module.SOURCES:
+        raise ValueError(
+            f"{system} has no public link that is known here; lay its files out by hand under {root}, as "
+            f"{module.LAYOUT}."
+        )
     if download is None:
         try:
             import kagglehub
@@ -194,7 +222,7 @@ def fetch(system: str, root, *, download: Callable[[str], str] | None = None) ->
         download = kagglehub.dataset_download
     made = []
     for part, (link, _) in module.SOURCES.items():
-        targets = {split: Path(root) / system / part / split for split in module.ARCHIVE_FOLDERS[part]}
+        targets = {split: module.part_folder(root, part) / split for split in module.ARCHIVE_FOLDERS[part]}
         if all(target.exists() for target in targets.values()):
             continue
         archive = Path(download(link.split("/datasets/")[1]))

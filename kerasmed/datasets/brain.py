@@ -21,6 +21,7 @@ CLASS_NAMES = {
     "brain_tumor": ("no_tumor", "glioma_tumor", "meningioma_tumor", "pituitary_tumor"),
 }
 TASKS = tuple(CLASS_NAMES)
+EXCLUSIVE = True  # every image has exactly one class
 PUBLISHED_SPLITS = ("train", "test")
 SOURCES = {
     "alzheimer": ("https://www.kaggle.com/datasets/tourist55/alzheimers-dataset-4-class-of-images", "see its page"),
@@ -32,12 +33,18 @@ ARCHIVE_FOLDERS = {
     "alzheimer": {"train": "Alzheimer_s Dataset/train", "test": "Alzheimer_s Dataset/test"},
     "brain_tumor": {"train": "Training", "test": "Testing"},
 }
+TABLES = ("patients.csv",)
 
 
 def folder(root: Path) -> Path | None:
     """Return the folder that holds the tasks, `root/brain`, or None where no task is there."""
     home = Path(root) / "brain"
     return home if any((home / task).is_dir() for task in TASKS) else None
+
+
+def part_folder(root, part: str) -> Path:
+    """Return the folder of a task."""
+    return Path(root) / "brain" / part
 
 
 def read(root, task: str) -> pd.DataFrame:
@@ -61,7 +68,7 @@ def read(root, task: str) -> pd.DataFrame:
     """
     if task not in CLASS_NAMES:
         raise ValueError(f"task {task!r} is unknown; known are {', '.join(TASKS)}.")
-    home = Path(root) / "brain" / task
+    home = part_folder(root, task)
     class_names = CLASS_NAMES[task]
     records, ignored = [], []
     for split in PUBLISHED_SPLITS:
@@ -98,7 +105,7 @@ def read(root, task: str) -> pd.DataFrame:
     if (home / "patients.csv").exists():
         frame["patient_id"] = frame["group_id"] = _patients(home / "patients.csv", frame["image_path"])
     frame = frame[[*manifest.COLUMNS, *class_names]]
-    return manifest.validate(frame, class_names, exclusive=True)
+    return manifest.validate(frame, class_names, exclusive=EXCLUSIVE)
 
 
 def _patients(path: Path, image_paths: pd.Series) -> pd.Series:

@@ -3,9 +3,29 @@ import os
 import pytest
 
 from kerasmed import datasets, paths
-from kerasmed.datasets import brain
+from kerasmed.datasets import brain, tritask
 
 TINY = {"synthetic_patients_per_class": 3, "synthetic_slices_per_patient": 1}
+TINY_TRITASK = {"train_images": 16, "valid_images": 10, "test_images": 10, "black_share": 0.5}
+
+
+@pytest.fixture
+def tritask_root(tmp_path):
+    """A synthetic set without its marks, as if real: 16, 10 and 10 images, half of them black."""
+    root = datasets.write_synthetic("tritask", tmp_path / "tritask-data", **TINY_TRITASK)
+    for name in datasets.SYNTHETIC_FILES:
+        (root / "tritask" / name).unlink()
+    return root
+
+
+@pytest.mark.parametrize("system", datasets.SYSTEMS)
+def test_reader_states_what_a_system_s_module_must(system, tmp_path):
+    module = datasets.reader(system)
+    assert isinstance(module.EXCLUSIVE, bool) and module.folder(tmp_path) is None
+    assert set(module.ARCHIVE_FOLDERS) == set(module.SOURCES) <= set(module.CLASS_NAMES)
+    for part in module.CLASS_NAMES:
+        assert module.part_folder(tmp_path, part).is_relative_to(tmp_path / system)
+    assert all(isinstance(name, str) for name in module.TABLES) and module.LAYOUT.startswith(f"{system}/")
 
 
 def test_locate_auto_takes_real_data_where_present(brain_root):
@@ -32,6 +52,21 @@ def test_locate_named_root_without_data_never_falls_back(tmp_path, data_source):
         datasets.locate("brain", {"data_source": data_source, **TINY}, data_root=tmp_path / "typo")
 
 
+@pytest.mark.parametrize("data_source", ["auto", "real"])
+def test_locate_without_a_public_link_says_to_lay_files_out_by_hand(tmp_path, data_source):
+    with pytest.raises(FileNotFoundError, match="no tritask data under .*expected tritask/.*No public link") as caught:
+        datasets.locate("tritask", {"data_source": data_source}, data_root=tmp_path / "typo")
+    assert "kerasmed data fetch" not in str(caught.value)
+
+
+def test_locate_writes_and_finds_tritask(tritask_root):
+    options = {f"synthetic_{name}": value for name, value in TINY_TRITASK.items()}
+    source = datasets.locate("tritask", {"data_source": "synthetic", **options})
+    assert source.kind == "synthetic" and len(tritask.read(source.root)) == 36
+    assert datasets.truth("tritask", source)["black_images"] == {"train": 8, "valid": 5, "test": 5}
+    assert datasets.locate("tritask", {"data_source": "real"}, data_root=tritask_root) == (tritask_root, "real")
+
+
 def test_locate_synthetic_set_never_passes_for_real(tmp_path):
     root = datasets.write_synthetic("brain", tmp_path / "s", patients_per_class=3, slices_per_patient=1)
     assert datasets.locate("brain", {"data_source": "auto"}, data_root=root).kind == "synthetic"
@@ -45,7 +80,7 @@ def test_locate_data_root_beside_synthetic_is_refused(brain_root):
 
 
 def test_locate_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'brian' is unknown; known are brain"):
+    with pytest.raises(ValueError, match="'brian' is unknown; known are brain, tritask"):
         datasets.locate("brian", {"data_source": "auto"})
     with pytest.raises(ValueError, match="expected one of auto, real, synthetic"):
         datasets.locate("brain", {"data_source": "fake"})
@@ -80,6 +115,62 @@ def test_check_counts_and_names_what_is_wrong(brain_root):
     left_out = problems[problems["problem"].str.startswith("left out")]["file"].tolist()
     assert left_out == ["brain/brain_tumor/train/Thumbs.db", "brain/brain_tumor/train/no_tumor/more/a.jpg"]
     assert datasets.check("brain", brain_root / "nowhere")[1]["problem"][0].startswith("no data")
+
+
+def test_check_counts_labels_and_unlabelled_images(tritask_root):
+    (tritask_root / "tritask/train_labels.csv").write_text(
+        "id,label1,label2,label3\n"
+        + "".join(f"{number:05d}.png,{','.join('110' if number <= 3 else '000')}\n" for number in range(1, 17))
+    )
+    counts, problems = datasets.check("tritask", tritask_root)
+    assert problems.empty and counts["part"].unique().tolist() == ["scans"]
+    table = counts.pivot(index="class", columns="split", values="images")
+    assert counts["split"].unique().tolist() == ["train", "valid", "test"]
+    assert table["train"].to_dict() == {
+        "label1": 3,
+        "label2": 3,
+        "label3": 0,
+        "(none)": 13,
+        "(no label)": 0,
+        "(all images)": 16,
+    }
+    assert table.loc[["label1", "(none)", "(no label)", "(all images)"], "test"].tolist() == [0, 0, 10, 10]
+
+
+def test_check_of_one_layout_for_all_parts_names_what_is_wrong(tritask_root):
+    home = tritask_root / "tritask"
+    (home / "train_images/00001.png").unlink()
+    (home / "val_images/00017.png").write_bytes(b"")
+    (home / "val_images/more").mkdir()
+    (home / "val_images/more/a.png").write_bytes(b"x")
+    (home / "truth.csv").write_text("x")  # no part of a real set
+    (home / "train_images/.DS_Store").write_bytes(b"x")
+    _, problems = datasets.check("tritask", tritask_root)
+    assert problems["file"].tolist() == [
+        "tritask/train_images/00001.png",
+        "tritask/val_images/00017.png",
+        "tritask/truth.csv",
+        "tritask/val_images/more/a.png",
+    ]
+    assert "No such file" in problems["problem"][0] and "empty file" in problems["problem"][1]
+    assert problems["problem"][2:].str.startswith("left out").all()
+    (home / "val_labels.csv").unlink()
+    counts, problems = datasets.check("tritask", tritask_root)
+    assert counts.empty and "val_labels.csv is absent" in problems["problem"][0]
+
+
+@pytest.mark.parametrize("system", datasets.SYSTEMS)
+def test_check_synthetic_set_has_no_problems(system, tmp_path):
+    options = TINY_TRITASK if system == "tritask" else {"patients_per_class": 3, "slices_per_patient": 1}
+    root = datasets.write_synthetic(system, tmp_path / "s", **options)
+    counts, problems = datasets.check(system, root)
+    assert problems.empty and len(counts)
+
+
+def test_fetch_without_a_public_link_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tritask has no public link .* by hand under .*, as tritask/"):
+        datasets.fetch("tritask", tmp_path, download=lambda _: pytest.fail("nothing to download"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_fetch_lays_archives_out_as_the_reader_expects(tmp_path, brain_root):

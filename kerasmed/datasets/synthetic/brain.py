@@ -11,6 +11,7 @@ import pandas as pd
 
 from kerasmed import images, runs
 from kerasmed.datasets.brain import CLASS_NAMES
+from kerasmed.datasets.synthetic.drawing import inside, refuse_other, rotated, write_image, write_text
 
 # The class order of CLASS_NAMES; None: the class has no sign.
 _SIGNS = {
@@ -27,7 +28,6 @@ _TEST_SHARE = 0.2
 _SIGN_RADIUS = 0.32  # in halves of the image's side
 _SIGN_CONTRAST = 90.0  # grey levels
 _JPEG_QUALITY = 90
-_EPOCH = 1_577_836_800  # 2020-01-01 00:00 UTC
 _TRUTH_COLUMNS = ["image_path", "task", "patient", "label", "signal", "x", "y", "width", "height"]
 
 
@@ -82,7 +82,7 @@ def write(
     description = {"system": "brain", **parameters, "ceiling": dict.fromkeys(CLASS_NAMES, ceiling)}
     target = root / "brain"
     if target.exists():
-        _refuse_other(target, description)
+        refuse_other(target, description)
         return root
 
     with runs.whole_folder(target) as writing:
@@ -91,9 +91,9 @@ def write(
             rows += _write_task(writing, task, flipped, parameters)
         truth = pd.DataFrame(rows, columns=_TRUTH_COLUMNS).sort_values("image_path")
         truth = truth.astype(dict.fromkeys(("x", "y", "width", "height"), "Int64"))
-        _write_text(writing / "truth.csv", truth.to_csv(index=False, lineterminator="\n"))
-        _write_text(writing / "synthetic.json", json.dumps(description, indent=2) + "\n")
-    _refuse_other(target, description)  # another process may have written there meanwhile
+        write_text(writing / "truth.csv", truth.to_csv(index=False, lineterminator="\n"))
+        write_text(writing / "synthetic.json", json.dumps(description, indent=2) + "\n")
+    refuse_other(target, description)  # another process may have written there meanwhile
     return root
 
 
@@ -144,27 +144,6 @@ def _checked_parameters(patients_per_class, slices_per_patient, label_noise, ima
     }
 
 
-def _refuse_other(folder: Path, description: dict) -> None:
-    """Raise FileExistsError unless this very set is there."""
-    record = folder / "synthetic.json"
-    if not record.exists():
-        raise FileExistsError(
-            f"{folder} exists and holds no {record.name}, so it may be real data. Nothing was written. "
-            "Pass another folder, or move that one away."
-        )
-    found = json.loads(record.read_text(encoding="utf-8"))
-    if found != description:
-        raise FileExistsError(
-            f"{record} describes another set: {found}; asked for: {description}. Nothing was "
-            "written. Pass another folder, or delete that set first."
-        )
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
-    os.utime(path, (_EPOCH, _EPOCH))
-
-
 def _write_task(folder: Path, task: str, flipped: int, parameters: dict) -> list[dict]:
     """Write the images of one task; return their rows of truth.csv."""
     num_patients, num_slices = parameters["patients_per_class"], parameters["slices_per_patient"]
@@ -190,7 +169,7 @@ def _write_task(folder: Path, task: str, flipped: int, parameters: dict) -> list
                 split = "test" if in_test[patient, index] else "train"
                 name = _FILE_NAMES[task][label].format(numbers[patient, index])
                 relative = f"{task}/{split}/{class_name}/{name}"
-                _write_image(folder / relative, image)
+                write_image(folder / relative, image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
                 row = (
                     f"brain/{relative}",
                     task,
@@ -259,7 +238,7 @@ def _draw_slice(rng, anatomy, sign, size) -> tuple[np.ndarray, tuple]:
     y, x = np.meshgrid(_pixel_centres(height), _pixel_centres(width), indexing="ij", sparse=True)
     x, y = (x - shift[0]) / scale, (y - shift[1]) / scale
     # Head coordinates: the outer edge of the skull is where the radius is 1.
-    u, v = _rotated(x - anatomy["centre"][0], y - anatomy["centre"][1], anatomy["angle"])
+    u, v = rotated(x - anatomy["centre"][0], y - anatomy["centre"][1], anatomy["angle"])
     u, v = u / anatomy["radii"][0], v / anatomy["radii"][1]
     theta = np.arctan2(v, u)
     radius = np.hypot(u, v)
@@ -271,12 +250,12 @@ def _draw_slice(rng, anatomy, sign, size) -> tuple[np.ndarray, tuple]:
     for centre, radii, tilt in zip(
         anatomy["ventricle_centres"], anatomy["ventricle_radii"], anatomy["ventricle_tilts"], strict=True
     ):
-        a, b = _rotated(u - centre[0], v - centre[1], tilt)
-        tissue -= anatomy["ventricle_depth"] * _inside(np.hypot(a / radii[0], b / radii[1]), 0.15)
+        a, b = rotated(u - centre[0], v - centre[1], tilt)
+        tissue -= anatomy["ventricle_depth"] * inside(np.hypot(a / radii[0], b / radii[1]), 0.15)
     box = (None,) * 4
     if sign:
         place = anatomy["sign_place"] + rng.uniform(-0.003, 0.003, 2)
-        offset = _rotated(*(place * anatomy["radii"]), -anatomy["angle"])
+        offset = rotated(*(place * anatomy["radii"]), -anatomy["angle"])
         place = scale * (np.array(offset) + anatomy["centre"]) + shift
         extent = scale * anatomy["sign_radius"]
         a, b = (x * scale + shift[0] - place[0]) / extent, (y * scale + shift[1] - place[1]) / extent
@@ -284,8 +263,8 @@ def _draw_slice(rng, anatomy, sign, size) -> tuple[np.ndarray, tuple]:
         box = _pixel_box(place, extent, size)
 
     brain_edge = 1 - anatomy["skull_width"] - 0.05
-    image = tissue * _inside(radius / brain_edge, 0.02)
-    image += anatomy["skull"] * _inside(radius, 0.03) * (1 - _inside(radius / (1 - anatomy["skull_width"]), 0.03))
+    image = tissue * inside(radius / brain_edge, 0.02)
+    image += anatomy["skull"] * inside(radius, 0.03) * (1 - inside(radius / (1 - anatomy["skull_width"]), 0.03))
     image *= rng.uniform(0.85, 1.15) * (1 + anatomy["bias"][0] * x + anatomy["bias"][1] * y)
     image += 8 + anatomy["noise"] * rng.standard_normal(size)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), box
@@ -296,15 +275,6 @@ def _pixel_centres(length) -> np.ndarray:
     return (2 * np.arange(length) + 1) / length - 1
 
 
-def _rotated(x, y, angle):
-    return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-
-
-def _inside(radius, softness) -> np.ndarray:
-    """1 where the radius is below 1, 0 above, with a smooth edge."""
-    return 0.5 * (1 - np.tanh((radius - 1) / (2 * softness)))
-
-
 def _field(rng, nodes, size) -> np.ndarray:
     """Smooth field through a grid of values, a little different at each call."""
     changed = nodes + 0.2 * nodes.std() * rng.standard_normal(nodes.shape)
@@ -313,7 +283,7 @@ def _field(rng, nodes, size) -> np.ndarray:
 
 def _sign(kind, x, y, angle) -> np.ndarray:
     """Texture of a sign in the unit disc, from -1 to 1; its mean is near zero, so that a coarse thumbnail hides it."""
-    a, b = _rotated(x, y, angle)
+    a, b = rotated(x, y, angle)
     radius = np.hypot(a, b)
     if kind == "stripes":
         texture = np.cos(4 * np.pi * b)
@@ -329,7 +299,7 @@ def _sign(kind, x, y, angle) -> np.ndarray:
         texture = 1.2 * np.cos(5 * np.arctan2(b, a))
     else:
         raise ValueError(f"Unknown sign {kind!r}; expected one of {_SIGNS}.")
-    window = _inside(radius, 0.06)
+    window = inside(radius, 0.06)
     return np.clip(texture - (texture * window).sum() / window.sum(), -1, 1) * window
 
 
@@ -339,9 +309,3 @@ def _pixel_box(place, extent, size) -> tuple[int, int, int, int]:
     lowest = np.floor((place - extent + 1) / 2 * (width, height)).astype(int).clip(0)
     highest = np.minimum(np.ceil((place + extent + 1) / 2 * (width, height)).astype(int), (width, height))
     return tuple(int(value) for value in (*lowest, *(highest - lowest)))
-
-
-def _write_image(path, image) -> None:
-    if not cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]):
-        raise OSError(f"cv2 could not write {path}; is the disk full or the folder read-only?")
-    os.utime(path, (_EPOCH, _EPOCH))

@@ -245,7 +245,7 @@ def test_write_whole_set_is_left_as_it_is(tmp_path):
 def test_write_interrupted_leaves_no_set_and_is_done_anew(tmp_path, monkeypatch):
     whole = brain.write(tmp_path / "whole", **TINY)
     with monkeypatch.context() as patch:
-        patch.setattr(brain, "_write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(brain, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             brain.write(tmp_path / "killed", **TINY)
     assert not (tmp_path / "killed/brain").exists()

@@ -17,7 +17,7 @@ import threading
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from kerasmed import runs
 from kerasmed.layers import BATCH_NORM_MOMENTUM, Preprocessing
+from kerasmed.parameters import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,29 @@ def _backbone(name: str) -> Backbone:
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}; expected one of {', '.join(NAMES)}.")
     return BACKBONES[name]
+
+
+def refuse_unfit(
+    networks: Sequence[str],
+    weights: str | os.PathLike,
+    image_size: Sequence[int],
+    *,
+    smallest_sides: Mapping[str, int] | None = None,
+) -> None:
+    """Raise ValueError, before any work, for parameters that networks cannot be built with.
+
+    Args:
+        networks: names; those that are no backbones may be among them.
+        weights: of `build`; a file fits one backbone only.
+        image_size: (height, width).
+        smallest_sides: name -> pixels, of the networks that are no backbones.
+    """
+    one_file = weights in ("imagenet", "none") or len(set(networks) & set(NAMES)) <= 1
+    refuse("weights", weights, one_file, "imagenet or none, as a file fits one backbone only")
+    sides = {name: backbone.smallest_side for name, backbone in BACKBONES.items()} | dict(smallest_sides or {})
+    smallest = max([0, *(sides.get(name, 0) for name in networks)])
+    expected = f"at least {smallest} pixels a side, for {', '.join(networks)}"
+    refuse("image_size", image_size, min(image_size) >= smallest, expected)
 
 
 def build(

@@ -73,7 +73,7 @@ def run(notebooks, profile, pairs, data_root, models_root, force, timeout):
     wanted = nb.names() if notebooks == ("all",) else list(notebooks)
     described = [_usage(nb.describe, name) for name in wanted]
     plan = [
-        (notebook, _usage(nb.resolve, notebook, profile=profile, given=given))
+        (notebook, _usage(nb.resolve, notebook, profile=profile, given=given), notebook.name)
         for notebook in nb.quickest_first(described, profile)
     ]
     done, failed = _execute(plan, profile, force=force, timeout=timeout)
@@ -83,19 +83,20 @@ def run(notebooks, profile, pairs, data_root, models_root, force, timeout):
 
 
 def _execute(plan, profile: str, *, force: bool, timeout: int | None) -> tuple[dict, dict]:
-    """Run (notebook, parameters) one after the other; folders of those done, names of those failed, by position."""
+    """Run (notebook, parameters, label) one after the other; folders of those done, errors of others, by position."""
     from kerasmed import notebooks as nb
     from kerasmed import runs
 
     done, failed = {}, {}
-    for position, (notebook, parameters) in enumerate(plan):
+    for position, (notebook, parameters, label) in enumerate(plan):
         minutes = notebook.budget_minutes.get(profile)
         budget = f", about {minutes:g} min on 2 cores" if minutes else ""
-        click.secho(f"[{position + 1}/{len(plan)}] {notebook.name} ({profile}{budget})", bold=True)
+        tried = "" if label == notebook.name else f": {label}"
+        click.secho(f"[{position + 1}/{len(plan)}] {notebook.name} ({profile}{budget}){tried}", bold=True)
         try:
             folder, executed = nb.run(notebook, parameters, force=force, timeout=timeout)
         except (RuntimeError, ValueError, OSError) as error:
-            failed[position] = notebook.name
+            failed[position] = str(error)
             click.secho(f"failed: {error}", fg="red", err=True)
             continue
         if not executed:
@@ -107,7 +108,8 @@ def _execute(plan, profile: str, *, force: bool, timeout: int | None) -> tuple[d
 def _end(plan, failed: dict):
     """Name what failed, and exit with 1 if anything did."""
     if failed:
-        click.secho(f"{len(failed)} of {len(plan)} failed: {', '.join(failed.values())}", fg="red", err=True)
+        labels = "; ".join(plan[position][-1] for position in failed)
+        click.secho(f"{len(failed)} of {len(plan)} failed: {labels}", fg="red", err=True)
         sys.exit(1)
 
 
@@ -115,7 +117,11 @@ def _end(plan, failed: dict):
 @click.argument("notebook", metavar="NB")
 @click.option("--profile", default="full", show_default=True, help="Values of notebooks/params/PROFILE.")
 @click.option("--grid", "grids", multiple=True, metavar="K=V,V", help="Values of a parameter to try; may be repeated.")
-@click.option("--grid-file", type=click.Path(path_type=Path, dir_okay=False), help="YAML of parameter: [values].")
+@click.option(
+    "--grid-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="YAML of parameter: [values]; --grid wins.",
+)
 @click.option("-p", "--parameter", "pairs", multiple=True, metavar="K=V", help="One parameter; may be repeated.")
 @ROOT_OPTIONS["data_root"]
 @ROOT_OPTIONS["models_root"]
@@ -128,28 +134,47 @@ def sweep(notebook, profile, grids, grid_file, pairs, data_root, models_root, ou
     The table is ordered by validation; test figures stand beside it and choose nothing. Every value is checked before
     the first run; a run that is finished is not repeated; one that fails does not stop the others.
     """
-    import yaml
-
     from kerasmed import notebooks as nb
     from kerasmed import runs
 
     described = _usage(nb.describe, notebook)
-    grid = _usage(yaml.safe_load, grid_file.read_text(encoding="utf-8")) if grid_file else {}
-    grid = {**grid, **dict(_usage(nb.parse_grid, text) for text in grids)}
+    common = _given(pairs, data_root, models_root)
+    grid = _grid(grids, grid_file, common)
+    tried = _usage(nb.points, grid)
+    plan = [
+        (described, _usage(nb.resolve, described, profile=profile, given={**common, **point}), label)
+        for point, label in zip(tried, nb.labels(tried))
+    ]
+    out = out or Path(f"sweep-{notebook}.csv")
+    with runs.whole(out) as temporary:  # a place that cannot be written to is better found before the work
+        temporary.touch()
+        done, failed = _execute(plan, profile, force=force, timeout=timeout)
+        table = nb.sweep_table(tried, done, failed)
+        table.to_csv(temporary, index=False)
+    click.echo(f"\n{runs.as_text(nb.shown_of_sweep(table, list(grid))).to_string(index=False)}")
+    click.echo(f"{len(table)} runs, best validation first; written to {out}")
+    _end(plan, failed)
+
+
+def _grid(grids, grid_file: Path | None, common: dict) -> dict:
+    """Join --grid-file and --grid, which wins, into one grid; refuse a parameter that is given twice."""
+    from kerasmed import notebooks as nb
+
+    listed = [_usage(nb.parse_grid, text) for text in grids]
+    grid = {**(_usage(nb.read_grid, grid_file) if grid_file else {}), **dict(listed)}
     if not grid:
         raise click.UsageError("nothing to sweep over; give --grid K=V,V or --grid-file.")
-    common = _given(pairs, data_root, models_root)
-    tried = _usage(nb.points, grid)
-    plan = [(described, _usage(nb.resolve, described, profile=profile, given={**common, **point})) for point in tried]
-    done, failed = _execute(plan, profile, force=force, timeout=timeout)
-    table = nb.sweep_table(list(done.values()), [tried[position] for position in done])
-    if len(table):
-        shown = table[[name for name in table if not name.endswith(" baseline") and name != "run"]]
-        click.echo(f"\n{runs.as_text(shown).to_string(index=False)}")
-        out = out or Path(f"sweep-{notebook}.csv")
-        runs.write_table(out, table)
-        click.echo(f"{len(table)} runs, best validation first; written to {out}")
-    _end(plan, failed)
+    names = [name for name, _ in listed]
+    for name in names:
+        if names.count(name) > 1:
+            raise click.UsageError(f"{name} is given in {names.count(name)} --grid; write all its values in one.")
+    for name in grid:
+        if name in common:
+            raise click.UsageError(
+                f"{name} is given both as {common[name]!r} (by -p or its own option) and as values to try, "
+                f"{grid[name]!r} (by --grid or --grid-file); leave one of them out."
+            )
+    return grid
 
 
 def _given(pairs, data_root: str, models_root: str) -> dict:

@@ -80,7 +80,7 @@ def baselines(
     - all_positive: every label present. No other constant answer has a higher F1: at prevalence p it is 2p / (1 + p)
       (tp = p, fp = 1 − p, fn = 0), which a rare label's "absent" answer, with F1 = 0, hides.
     - nearest_neighbour: the labels of the most correlated training thumbnail; the majority's answer where that
-      image's label is unknown.
+      image's label is unknown, and to a constant image, which correlates with nothing.
 
     Args:
         y_train: float array, shape (num_train, num_labels): 1, 0 or NaN.
@@ -102,6 +102,8 @@ def baselines(
     num_labels = y_train.shape[1]
     majority = (2 * (y_train == 1).sum(axis=0) > np.isfinite(y_train).sum(axis=0)).astype(float)
     found = y_train[audit.nearest(thumbnails_rows, thumbnails_train)[0]] if num_rows else np.zeros((0, num_labels))
+    constant = thumbnails_rows.min(axis=(1, 2)) == thumbnails_rows.max(axis=(1, 2))
+    found = np.where(constant[:, None], np.nan, found)
     told = {
         metrics.MAJORITY: np.tile(majority, (num_rows, 1)),
         metrics.ALL_POSITIVE: np.ones((num_rows, num_labels)),

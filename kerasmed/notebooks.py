@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import re
+import reprlib
 import shutil
 import sys
 import tempfile
@@ -285,6 +286,22 @@ def parse_grid(text: str) -> tuple[str, list]:
     return name, listed if isinstance(listed, list) else [parse_value(value) for value in values.split(",")]
 
 
+def read_grid(path: Path) -> dict[str, list]:
+    """Read the YAML of `--grid-file`: parameters, each with its list of values, as they stand there.
+
+    Raises:
+        ValueError: no YAML, or something else than a mapping of names.
+    """
+    expected = "expected a YAML mapping of parameters to lists of values, such as `epochs: [5, 10]`"
+    try:
+        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {error}; {expected}.") from error
+    if not grid or not isinstance(grid, dict) or not all(isinstance(name, str) for name in grid):
+        raise ValueError(f"{path} holds {'nothing' if grid is None else reprlib.repr(grid)}; {expected}.")
+    return grid
+
+
 def points(grid: Mapping[str, Sequence]) -> list[dict]:
     """Combine every value of each parameter with every one of the others, the last parameter fastest.
 
@@ -297,32 +314,74 @@ def points(grid: Mapping[str, Sequence]) -> list[dict]:
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
-def sweep_table(folders: Sequence[Path], tried: Sequence[Mapping]) -> pd.DataFrame:
-    """Join the headlines of a sweep's runs into one table, best validation value first.
+def labels(tried: Sequence[Mapping]) -> list[str]:
+    """Name each point of a sweep by what tells it from the others; by all that it was given where nothing does.
+
+    Example:
+        >>> labels(points({"epochs": [3], "rate": [0.1, 0.2]}))
+        ['rate=0.1', 'rate=0.2']
+    """
+    telling = [name for name in tried[0] if len({str(given[name]) for given in tried}) > 1] or list(tried[0])
+    return [", ".join(f"{name}={given[name]}" for name in telling) for given in tried]
+
+
+def sweep_table(tried: Sequence[Mapping], done: Mapping[int, Path], failed: Mapping[int, str]) -> pd.DataFrame:
+    """Join the headlines of a sweep's runs into one table, best validation value first, failed ones last.
 
     Runs are ordered by what each says it may be chosen by, on validation; its test figures stand beside it, and have
     no say: the best test figure of many is too good by chance.
 
     Args:
-        folders: of complete runs.
-        tried: parameters that each was given, in the same order.
+        tried: parameters that each run was given.
+        done: complete runs, position in `tried` -> folder.
+        failed: position in `tried` -> error, the first line of which is kept.
 
     Returns:
         DataFrame, a row a run: the swept parameters, validation, `<task> <label> <metric>` of each headline value, its
-        interval "... 95 %", baseline "... baseline", and run, the folder's name.
+        interval "... 95 %", baseline "... baseline", status, error, and run, the folder's name. A run that has only a
+        summary, and one that failed, has no numbers.
     """
-    records = []
-    for folder, given in zip(folders, tried, strict=True):
-        table = runs.collect(folder)
-        record = {**{name: str(value) for name, value in given.items()}, "validation": table["validation"].iloc[0]}
-        for row in table.to_dict("records"):
-            name = " ".join((row["task"], row["label"], row["metric"]))
-            record[name] = row["value"]
-            record[f"{name} 95 %"] = f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
-            record[f"{name} baseline"] = f"{row['baseline']} {row['baseline_value']:.3f}"
-        records.append({**record, "run": folder.name})
-    table = pd.DataFrame(records)
-    return table.sort_values("validation", ascending=False, kind="stable", ignore_index=True) if len(table) else table
+    records, figures = [], {}  # a dict keeps the order
+    for position, given in enumerate(tried):
+        record = {name: str(value) for name, value in given.items()}
+        if position in failed:
+            error = (failed[position].strip().splitlines() or ["no message"])[0]
+            records.append({**record, "validation": math.nan, "status": "failed", "error": error, "run": ""})
+        elif position in done:
+            table = runs.collect(done[position])
+            found = _figures(table)
+            figures |= dict.fromkeys(found)
+            chosen_by = {"validation": table["validation"].iloc[0]}
+            records.append(
+                {**record, **chosen_by, **found, "status": "complete", "error": "", "run": done[position].name}
+            )
+    columns = [*(tried[0] if tried else ()), "validation", *figures, "status", "error", "run"]
+    table = pd.DataFrame(records, columns=columns).astype({"validation": float})
+    table = table.sort_values("validation", ascending=False, kind="stable")
+    return table.sort_values("status", key=lambda status: status == "failed", kind="stable", ignore_index=True)
+
+
+def _figures(table: pd.DataFrame) -> dict:
+    """Return the columns that the rows of a run in `runs.collect` become; none of a run without numbers."""
+    found = {}
+    for row in table[table["task"].notna()].to_dict("records"):
+        name = " ".join((row["task"], row["label"], row["metric"]))
+        ends, baseline = (row["ci_low"], row["ci_high"]), row["baseline_value"]
+        found[name] = row["value"]
+        found[f"{name} 95 %"] = "" if any(map(pd.isna, ends)) else f"[{ends[0]:.3f}, {ends[1]:.3f}]"
+        found[f"{name} baseline"] = row["baseline"] if pd.isna(baseline) else f"{row['baseline']} {baseline:.3f}"
+    return found
+
+
+def shown_of_sweep(table: pd.DataFrame, swept: Sequence[str]) -> pd.DataFrame:
+    """Leave out of a `sweep_table` what need not be printed.
+
+    That is: swept parameters of one value, baselines, run, and error where nothing failed.
+    """
+    idle = {name for name in swept if table[name].nunique() == 1} | {"run"}
+    if not (table["status"] == "failed").any():
+        idle.add("error")
+    return table[[name for name in table if name not in idle and not name.endswith(" baseline")]]
 
 
 def quickest_first(notebooks: Sequence[Notebook], profile: str) -> list[Notebook]:

@@ -218,3 +218,11 @@ def test_headline_is_mean_f1_and_average_precision_of_one_variant_on_all_test_im
         ("net", "test", "average_precision", "all"),
     ]
     assert all(row["baseline"] for row in found)
+
+
+def test_baselines_answer_constant_images_as_the_majority(rng):
+    pictures = rng.integers(0, 256, (3, 64, 64), dtype=np.uint8)
+    y_train = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    asked = np.stack([np.zeros((64, 64), np.uint8), pictures[0]])
+    told = multilabel.baselines(y_train, 2, pictures, asked)
+    np.testing.assert_array_equal(told["nearest_neighbour"].probabilities, [[0, 1], [1, 0]])

@@ -15,6 +15,8 @@ from kerasmed import datasets, notebooks, paths, runs
 from kerasmed.cli import main
 from kerasmed.datasets import brain
 from kerasmed.notebooks import parse_value
+from kerasmed.parameters import names_of
+from kerasmed.systems import tritask
 from kerasmed.systems.brain import Config
 
 NOTEBOOKS = notebooks.names()
@@ -333,9 +335,20 @@ def test_sweep_runs_every_point_and_ends_in_one_table_by_validation(project, tmp
     project(SWEPT.replace("runs.finish", "assert epochs != 3, 'three is too many'\nruns.finish"))
     (tmp_path / "grid.yaml").write_text("epochs: [1, 2, 3]\n")
     result = _sweep("--grid-file", tmp_path / "grid.yaml", "--grid", "rate=0.1,0.2", "--out", tmp_path / "t.csv")
-    assert result.exit_code == 1 and "2 of 6 failed: 10_tiny, 10_tiny" in result.output
-    assert "three is too many" in result.output and "[6/6]" in result.output
+    assert result.exit_code == 1 and "2 of 6 failed: epochs=3, rate=0.1; epochs=3, rate=0.2\n" in result.output
+    assert "[6/6] 10_tiny (smoke, about 1 min on 2 cores): epochs=3, rate=0.2\n" in result.output
     table = pd.read_csv(tmp_path / "t.csv")
+    assert list(table) == [
+        *("epochs", "rate", "validation", "t all accuracy", "t all accuracy 95 %", "t all accuracy baseline"),
+        *("status", "error", "run"),
+    ]
+    lost, table = table[4:], table[:4]
+    assert set(table["status"]) == {"complete"} and table["error"].isna().all()
+    assert lost[["epochs", "rate", "status"]].values.tolist() == [[3, 0.1, "failed"], [3, 0.2, "failed"]]
+    assert lost["error"].str.fullmatch(r"cell 3 \(In \[3\]\): AssertionError: three is too many").all()
+    assert lost[["validation", "t all accuracy", "run"]].isna().all(axis=None)
+    (header,) = [line for line in result.output.splitlines() if "validation" in line and "written" not in line]
+    assert "error" in header and "baseline" not in header and "run" not in header
     assert table[["epochs", "rate"]].values.tolist() == [[2, 0.2], [1, 0.2], [2, 0.1], [1, 0.1]]
     np.testing.assert_allclose(table["validation"], [0.4, 0.2, 0.2, 0.1])
     assert table["t all accuracy"].tolist() == [0.2, 0.1, 0.2, 0.1]  # epochs / 10: the test has no say in the order
@@ -353,6 +366,10 @@ def test_sweep_runs_every_point_and_ends_in_one_table_by_validation(project, tmp
         (["--grid", "epoch=1,2"], "did you mean epochs?"),
         (["--grid", "epochs=1,two"], "is 'two'; expected int"),
         (["--grid", "epochs"], "write --grid name=value,value"),
+        (["--grid", "epochs=1,2", "-p", "epochs=3"], "epochs is given both as 3 (by -p or its own option)"),
+        (["--grid", "data_root='a','b'", "--data-root", "c"], "data_root is given both as"),
+        (["--grid", "epochs=1", "--grid", "epochs=2"], "epochs is given in 2 --grid; write all its values in one"),
+        (["--grid", "epochs=1,2", "--out", "."], "is a directory"),
     ],
 )
 def test_sweep_refuses_every_typo_before_the_first_run(project, arguments, message):
@@ -362,8 +379,91 @@ def test_sweep_refuses_every_typo_before_the_first_run(project, arguments, messa
     assert not paths.models_root().exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("", "holds nothing; expected a YAML mapping of parameters to lists of values"),
+        ("- epochs\n- 3\n", "holds ['epochs', 3]; expected a YAML mapping"),
+        ("3: [1]\n", "holds {3: [1]}; expected a YAML mapping"),
+        ("epochs: [1, 2", "cannot be read as YAML: while parsing a flow sequence"),
+        ("epochs: 3\n", "the grid gives epochs as 3; expected a list of values to try"),
+        ("rate: [1e-3]\n", "'rate' (-p) of 10_tiny is '1e-3'; expected float"),
+        ("epochs: [1, 2]\nsure: [true]\n", "sure is given both as False"),
+    ],
+)
+def test_sweep_grid_file_that_is_no_grid_is_refused(project, tmp_path, content, message):
+    project(SWEPT)
+    if content is not None:
+        (tmp_path / "g.yaml").write_text(content)
+    result = _sweep("--grid-file", tmp_path / "g.yaml", "-p", "sure=false")
+    # click breaks its own messages, at hyphens too.
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    assert not paths.models_root().exists()
+
+
+def test_sweep_grid_file_of_other_bytes_is_refused(tmp_path):
+    (tmp_path / "g.yaml").write_bytes(b"epochs: [\xff]")
+    with pytest.raises(ValueError, match="g.yaml cannot be read as YAML: .*; expected a YAML mapping"):
+        notebooks.read_grid(tmp_path / "g.yaml")
+
+
+def test_sweep_out_that_cannot_be_written_is_found_before_the_first_run(project, tmp_path):
+    project(SWEPT)
+    (tmp_path / "file").write_text("")
+    result = _sweep("--grid", "epochs=1,2", "--out", tmp_path / "file/t.csv")
+    assert result.exit_code == 1 and str(tmp_path / "file") in "".join(result.output.splitlines())
+    assert "[1/2]" not in result.output and not paths.models_root().exists()
+
+
+def test_sweep_of_a_notebook_without_metrics_has_a_table_without_numbers(project):
+    project(LOOK.replace("tasks[0]", '"brain"'))
+    result = _sweep("--grid", "epochs=1,2", "--grid", "rate=0.5")
+    assert result.exit_code == 0 and "): epochs=2\n" in result.output
+    (header,) = [line.split() for line in result.output.splitlines() if "status" in line]
+    assert header == ["epochs", "validation", "status"]  # rate has one value, and nothing failed
+    table = pd.read_csv("sweep-10_tiny.csv")
+    assert list(table) == ["epochs", "rate", "validation", "status", "error", "run"]
+    assert table["epochs"].tolist() == [1, 2] and table["validation"].isna().all()
+
+
+def _complete(folder, value, ci95, baseline=0.1):
+    """A run folder with one headline number, without a notebook."""
+    runs.reserve(folder, "brain", "10_tiny", "smoke", data_source="real")
+    runs.write_json(folder / "environment.json", {"data_source": "real"})
+    row = {"task": "t", "variant": "net", "metric": "f1", "label": "all", "value": value, "ci95": ci95}
+    row["baseline"] = {"variant": "majority", "value": baseline}
+    runs.finish(folder, headline=[row], rows=[row], chosen_by={"metric": "f1", "split": "valid", "value": value})
+    return folder
+
+
+def test_sweep_table_null_intervals_failures_and_order(tmp_path):
+    done = {
+        1: _complete(tmp_path / "one", 0.25, None),
+        2: _complete(tmp_path / "two", 0.75, [None, None], baseline=None),
+        3: _complete(tmp_path / "three", 0.5, [0.25, 1]),
+    }
+    tried = notebooks.points({"tasks": [["a"]], "epochs": [1, 2, 3, 4, 5]})
+    table = notebooks.sweep_table(tried, done, {0: "no data\nat all", 4: ""})
+    assert table["epochs"].tolist() == ["3", "4", "2", "1", "5"]
+    assert table["t all f1 95 %"].tolist()[:3] == ["", "[0.250, 1.000]", ""]
+    assert table["t all f1 baseline"].tolist()[:3] == ["majority", "majority 0.100", "majority 0.100"]
+    assert table["error"].tolist() == ["", "", "", "no data", "no message"]
+    shown = notebooks.shown_of_sweep(table, ["tasks", "epochs"])
+    assert list(shown) == ["epochs", "validation", "t all f1", "t all f1 95 %", "status", "error"]
+    nothing = notebooks.sweep_table(tried[:1], {}, {0: "no data"})
+    assert list(nothing) == ["tasks", "epochs", "validation", "status", "error", "run"]
+
+
+def test_labels_name_a_point_by_what_differs():
+    assert notebooks.labels(notebooks.points({"epochs": [3], "tasks": [["a"], []]})) == ["tasks=['a']", "tasks=[]"]
+    assert notebooks.labels([{"epochs": 3, "rate": 0.1}]) == ["epochs=3, rate=0.1"]
+
+
 def test_the_shipped_sweep_is_of_parameters_that_the_notebook_knows():
     for path in (paths.notebooks_root() / "sweeps").glob("*.yaml"):
         notebook, grid = notebooks.describe(path.stem), yaml.safe_load(path.read_text())
         found = [notebooks.resolve(notebook, profile="full", given=point) for point in notebooks.points(grid)]
         assert len(found) == 144
+        configs = [tritask.Config(**{name: point[name] for name in names_of(tritask.Config)}) for point in found]
+        assert {len(tritask.variants(config)) for config in configs} == {1}, "one training a run"

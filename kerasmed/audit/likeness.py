@@ -99,7 +99,12 @@ def join(rows: np.ndarray, columns: np.ndarray, first: np.ndarray) -> np.ndarray
 
 
 def assign_groups(
-    manifest: pd.DataFrame, thumbnails: np.ndarray, *, prefix: str, threshold: float = SAME_ANATOMY
+    manifest: pd.DataFrame,
+    thumbnails: np.ndarray,
+    *,
+    prefix: str,
+    threshold: float = SAME_ANATOMY,
+    facts: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Fill `group_id` from `similarity_groups` where a manifest has none, and leave one that has it as it is.
 
@@ -110,6 +115,8 @@ def assign_groups(
         thumbnails: uint8 array, shape (num_rows, 64, 64), beside the manifest.
         prefix: of the names, which are `<prefix>-<five digits>`.
         threshold: of `similarity_groups`.
+        facts: beside the manifest, with the fields of `kerasmed.images.FACTS`: they tell which images are constant, as
+            in `identify`; without them a thumbnail of one grey level does.
 
     Returns:
         A copy with `group_id`.
@@ -128,7 +135,10 @@ def assign_groups(
     if len(thumbnails) != len(manifest):
         raise ValueError(f"{len(thumbnails)} thumbnails for {len(manifest)} rows; one a row is expected.")
     found = similarity_groups(thumbnails, threshold=threshold)
-    lost = np.flatnonzero(thumbnails.min(axis=(1, 2)) == thumbnails.max(axis=(1, 2)))
+    if facts is None:
+        lost = np.flatnonzero(thumbnails.min(axis=(1, 2)) == thumbnails.max(axis=(1, 2)))
+    else:
+        lost = np.flatnonzero(_constant(facts) != "")
     found[lost] = len(found) + np.arange(len(lost))
     return manifest.assign(group_id=[f"{prefix}-{number:05d}" for number in found])
 
@@ -257,6 +267,12 @@ def _chunk_pairs(
 # --- copies ----------------------------------------------------------------------------------------------------------
 
 
+def _constant(facts: pd.DataFrame) -> np.ndarray:
+    """Say of each image "black", "constant" or "": see `identify`."""
+    black, flat = facts["maximum"] <= BLACK, facts["std"] < CONSTANT_STD
+    return np.select([black.to_numpy(), flat.to_numpy()], ["black", "constant"], "")
+
+
 def identify(thumbnails: np.ndarray, facts: pd.DataFrame) -> pd.DataFrame:
     """Say of each image whether it shows anything, and which others show the same picture.
 
@@ -280,9 +296,7 @@ def identify(thumbnails: np.ndarray, facts: pd.DataFrame) -> pd.DataFrame:
     """
     if len(thumbnails) != len(facts):
         raise ValueError(f"{len(thumbnails)} thumbnails for {len(facts)} rows of facts; one a row is expected.")
-    black = (facts["maximum"] <= BLACK).to_numpy()
-    flat = (facts["std"] < CONSTANT_STD).to_numpy()
-    constant = np.select([black, flat], ["black", "constant"], "")
+    constant = _constant(facts)
     place = np.arange(len(facts))
     first = pd.Series(place).groupby(facts["digest"].to_numpy()).transform("min").to_numpy(int)
     exact = np.where(constant == "", first, place)

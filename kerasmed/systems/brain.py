@@ -43,10 +43,7 @@ from kerasmed.training import Trained
 NOTEBOOK = "07_brain_mri"  # whose runs `predict` uses
 CLASS_NAMES = data.CLASS_NAMES
 NETWORKS = ("compact", "five_block", *backbones.NAMES)
-SMALLEST_SIDE = {
-    "five_block": models.FIVE_BLOCK_SIDE,
-    **{name: backbone.smallest_side for name, backbone in backbones.BACKBONES.items()},
-}
+SMALLEST_SIDE = {"five_block": models.FIVE_BLOCK_SIDE}
 AUGMENTATION_LIBRARIES = ("albumentations", "keras")
 
 
@@ -112,12 +109,7 @@ class Config:
         for name in ("tasks", "networks", "ablation"):
             given = getattr(self, name)
             refuse(name, given, len(set(given)) == len(given), "each but once")
-        pretrained = [network for network in self.networks if network in backbones.NAMES]
-        one_file = self.weights in ("imagenet", "none") or len(pretrained) <= 1
-        refuse("weights", self.weights, one_file, "imagenet or none, as a file fits one backbone only")
-        smallest = max([0, *(SMALLEST_SIDE.get(network, 0) for network in self.networks)])
-        expected = f"at least {smallest} pixels a side, for {', '.join(self.networks)}"
-        refuse("image_size", self.image_size, min(self.image_size) >= smallest, expected)
+        backbones.refuse_unfit(self.networks, self.weights, self.image_size, smallest_sides=SMALLEST_SIDE)
         for given in [asdict(self), *map(_parse_recipe, self.ablation)]:
             augment.build(given["augmentation"], tuple(self.image_size))
             library = given["augmentation_library"]
@@ -165,7 +157,9 @@ def read(config: Config, source: datasets.Source, task: str) -> pipelines.Store:
     unread = [name for name in CLASS_NAMES[task] if not store.manifest[name].any()]
     if unread:
         raise ValueError(f"{task} has no readable image of {', '.join(unread)}; see {store.folder / 'quarantine.csv'}.")
-    manifest = audit.assign_groups(store.manifest, store.thumbnails, prefix=task, threshold=config.similarity)
+    manifest = audit.assign_groups(
+        store.manifest, store.thumbnails, prefix=task, threshold=config.similarity, facts=store.facts
+    )
     return store._replace(manifest=manifest)
 
 

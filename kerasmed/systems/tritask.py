@@ -38,7 +38,7 @@ from kerasmed import (
     training,
 )
 from kerasmed.datasets import tritask as data
-from kerasmed.manifest import targets
+from kerasmed.manifest import SPLITS, targets
 from kerasmed.parameters import refuse
 from kerasmed.training import Trained
 
@@ -109,6 +109,7 @@ class Config:
             fits = set(given) <= set(known) and len(set(given)) == len(given)
             refuse(name, given, fits, f"some of {', '.join(known)}, each but once")
         refuse("networks", self.networks, self.networks, "at least one")
+        backbones.refuse_unfit(self.networks, self.weights, self.image_size)
         refuse(
             "without_augmentation",
             self.without_augmentation,
@@ -177,15 +178,17 @@ def read(config: Config, source: datasets.Source) -> pipelines.Store:
         max_quarantined_share=config.max_quarantined_share,
     )
     constant = (audit.identify(store.thumbnails, store.facts)["constant"] != "").to_numpy()
-    manifest = audit.assign_groups(store.manifest, store.thumbnails, prefix="scan", threshold=config.similarity)
+    manifest = audit.assign_groups(
+        store.manifest, store.thumbnails, prefix="scan", threshold=config.similarity, facts=store.facts
+    )
     return store._replace(manifest=manifest.assign(black=constant.astype(int)))
 
 
 def split(config: Config, store: pipelines.Store) -> pipelines.Store:
     """Carve validation off the training images by group; the published validation images become the test.
 
-    Labels, their combinations and black images keep their shares. Unlabelled images are "unlabelled". The gate is
-    asked.
+    Labels, their combinations and black images keep their shares. The published parts are not mixed: where a group is
+    in both, its training images are "left out". Unlabelled images are "unlabelled". The gate is asked.
 
     Raises:
         ValueError: no labelled validation images.
@@ -194,20 +197,21 @@ def split(config: Config, store: pipelines.Store) -> pipelines.Store:
     published = store.manifest["split"]
     if not (published == "valid").any():
         raise ValueError(f"no readable image in {data.FOLDERS['valid']}, so none to test on; expected {data.LAYOUT}.")
-    learnt = store.manifest[published == "train"]
+    tested = store.manifest["group_id"].isin(store.manifest.loc[published == "valid", "group_id"])
+    learnt = store.manifest[(published == "train") & ~tested]
     shares = {"test_share": 0, "valid_share": config.valid_share, "seed": config.seed}
     carved = splits.assign(learnt, [*CLASS_NAMES, "black"], **shares)["split"]
-    renamed = published.map({"valid": "test", "test": "unlabelled"})
+    renamed = published.map({"train": "left out", "valid": "test", "test": "unlabelled"})
     parted = store._replace(manifest=store.manifest.assign(split=carved.reindex(store.manifest.index).fillna(renamed)))
     gate(config, parted)
     return parted
 
 
 def gate(config: Config, store: pipelines.Store) -> pd.DataFrame:
-    """Ask `audit.gate` whether the labelled images may be learnt from; `accepted` is let through."""
-    labelled = (store.manifest["split"] != "unlabelled").to_numpy()
-    identity = audit.identify(store.thumbnails[labelled], store.facts[labelled])
-    return audit.gate(store.manifest[labelled], identity, CLASS_NAMES, accepted=config.accepted)
+    """Ask `audit.gate` whether the images of train, valid and test may be used; `accepted` is let through."""
+    used = store.manifest["split"].isin(SPLITS).to_numpy()
+    identity = audit.identify(store.thumbnails[used], store.facts[used])
+    return audit.gate(store.manifest[used], identity, CLASS_NAMES, accepted=config.accepted)
 
 
 def deduplicate(config: Config, store: pipelines.Store) -> pipelines.Store:
@@ -368,17 +372,28 @@ def promote(run: Path, chosen: Trained) -> dict:
     return content
 
 
+def errors(store: pipelines.Store, chosen: Trained, label: str, *, count: int = 8) -> pd.DataFrame:
+    """List the surest errors in a label among the test images that are not black, surest first.
+
+    Returns:
+        DataFrame indexed by row of the store: truth (0 or 1) and probability.
+    """
+    asked = (store.manifest["split"] == "test") & (store.manifest["black"] == 0)
+    told = chosen.predictions[asked.to_numpy()].rename(columns={f"y_{label}": "truth", f"p_{label}": "probability"})
+    told = told.assign(error=(told["truth"] - told["probability"]).abs())
+    return told.sort_values("error", ascending=False, kind="stable")[["truth", "probability"]].head(count)
+
+
 def submission(source: datasets.Source, chosen: Trained) -> tuple[pd.DataFrame | None, list[str]]:
     """Answer the unlabelled images in the form of the sample.
 
     Returns:
-        The checked table, None where the set has no sample; and the ids that could not be answered, because their file
-        is absent or cannot be read, and stand as 0.
+        The checked table, None where the set has no sample or no unlabelled image; and the ids that could not be
+        answered, because their file is absent or cannot be read, and stand as 0.
     """
-    sample = data.read_sample(source.root)
-    if sample is None:
+    sample, table = data.read_sample(source.root), chosen.predictions
+    if sample is None or not (table["split"] == "unlabelled").any():
         return None, []
-    table = chosen.predictions
     _, told = multilabel.truth_and_probabilities(table, CLASS_NAMES)
     decided = (told >= multilabel.thresholds(table, CLASS_NAMES)).astype(int)
     ids = [Path(path).name for path in table["image_path"]]

@@ -306,6 +306,12 @@ def check(system, folder):
 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--data-root",
+    type=click.Path(path_type=Path),
+    metavar="D",
+    help="Folder that a manifest's paths are relative to, or lie in [the manifest's own].",
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report [audit-NAME].")
 @click.option("--accept", "accepted", multiple=True, metavar="KIND", help="Let a kind of finding through the gate.")
 @click.option(
@@ -315,15 +321,16 @@ def check(system, folder):
     show_default=True,
     help="Correlation that makes a group where ids are unknown; 0 for no groups.",
 )
-def audit(path, out, accepted, similarity):
+def audit(path, data_root, out, accepted, similarity):
     """Look for copies, contradictions, leaks and shortcuts in PATH: a folder of images, or a manifest (CSV).
 
+    A manifest's paths are relative to its own folder, or to --data-root; absolute paths must lie in that folder.
     Writes audit.html and audit.json. Exit 3 where the gate is closed.
     """
     from kerasmed import audit, images, pipelines
 
     _usage(audit.check_accepted, accepted)
-    root, table, class_names = _usage(audit.index, path)
+    root, table, class_names, taken = _usage(audit.index, path, root=data_root)
     name = path.resolve().name if path.is_dir() else path.stem
     out = out or Path(f"audit-{name}")
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is better found before the work
@@ -345,6 +352,7 @@ def audit(path, out, accepted, similarity):
     click.echo(f"{len(store.manifest)} of {len(table)} files read")
     for kind, row in report.by_kind().iterrows():
         click.echo(f"  {kind:<20} {row['findings']:>6} findings {row['images']:>7} images   {audit.KINDS[kind]}")
+    click.echo("\n".join([*report.lines(), taken]))
     closed_by = report.closed_by()
     click.echo(f"written to {' and '.join(str(file) for file in files)}")
     if closed_by:

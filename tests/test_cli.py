@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from kerasmed import paths, pipelines, runs
+from kerasmed import audit, paths, pipelines, runs
 from kerasmed.cli import main
 
 
@@ -131,6 +131,31 @@ def test_audit_of_unreadable_files_alone_exits_with_3_and_of_one_image_with_0(tm
     assert _call("audit", tmp_path / "one", "--out", tmp_path / "out").exit_code == 0
 
 
+def test_audit_of_a_manifest_elsewhere_than_its_images(audited, tmp_path):
+    (tmp_path / "tables").mkdir()
+    csv = tmp_path / "tables/m.csv"
+    csv.write_text(f"image_path,label,note\ntrain/ill/0.png,None,n\n{audited}/test/ill/1.png,ill,n\n")
+    refused = _call("audit", csv, "--out", tmp_path / "out")
+    assert refused.exit_code == 2 and "--data-root" in refused.output and not (tmp_path / "out").exists()
+    result = _call("audit", csv, "--data-root", audited, "--out", tmp_path / "out")
+    assert result.exit_code == 0 and "2 of 2 files read" in result.output
+    assert "labels: None, ill; no splits; left alone: note\n" in result.output
+
+
+def test_audit_says_what_it_took_for_what_and_which_groups_it_found(audited, tmp_path):
+    result = _call("audit", audited, "--out", tmp_path / "out")
+    assert "no groups of several images\nlabels: ill, well; splits: test, train\n" in result.output
+    for name in ("a", "b"):
+        shutil.copy(audited / "train/ill/0.png", audited / f"train/ill/{name}.png")
+    result = _call("audit", audited, "--out", tmp_path / "out")
+    assert result.exit_code == 0 and "1 similarity group of 3 images, 3 images in all\n" in result.output
+
+
+def test_audit_similarity_is_that_of_the_package_by_default():
+    (option,) = [option for option in main.commands["audit"].params if option.name == "similarity"]
+    assert option.default == audit.SAME_ANATOMY
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,12 +166,20 @@ def test_audit_of_unreadable_files_alone_exits_with_3_and_of_one_image_with_0(tm
         (["set/no.csv"], "lacks the columns ['image_path']"),
         (["set/out.csv"], "leaves the data root"),
         (["set/train/ill/0.png"], "neither a folder nor a CSV"),
+        (["set/blank.csv"], "set/blank.csv is empty; write a line of column names"),
+        (["set/latin.csv"], "set/latin.csv is not in UTF-8"),
+        (["set/semicolons.csv"], "separate columns by commas, not by ';'"),
+        (["set", "--data-root", "set"], "set is a folder, whose images need no other root"),
+        (["set/out.csv", "--data-root", "typo"], "typo is no folder; name the one that the paths of out.csv"),
     ],
 )
 def test_audit_usage_errors_exit_with_2_before_anything_is_read(audited, monkeypatch, arguments, message):
     (audited / "empty").mkdir()
     (audited / "no.csv").write_text("path\na.png\n")
     (audited / "out.csv").write_text("image_path\n../a.png\n")
+    (audited / "blank.csv").touch()
+    (audited / "latin.csv").write_text("image_path,label\na.png,Schädel\n", encoding="latin-1")
+    (audited / "semicolons.csv").write_text("image_path;label\na.png;ill\n")
     monkeypatch.chdir(audited.parent)
     monkeypatch.setattr(pipelines, "decode", lambda *_, **__: pytest.fail("decoded"))
     result = _call("audit", *arguments)

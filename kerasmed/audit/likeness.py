@@ -122,7 +122,7 @@ def assign_groups(
         A copy with `group_id`.
 
     Raises:
-        ValueError: groups known in some rows only, or not one thumbnail a row.
+        ValueError: groups known in some rows only, or not one thumbnail, or row of facts, a row.
     """
     missing = manifest["group_id"].isna()
     if not missing.any():
@@ -134,6 +134,8 @@ def assign_groups(
         )
     if len(thumbnails) != len(manifest):
         raise ValueError(f"{len(thumbnails)} thumbnails for {len(manifest)} rows; one a row is expected.")
+    if facts is not None and len(facts) != len(manifest):
+        raise ValueError(f"{len(facts)} rows of facts for {len(manifest)} of the manifest; one a row is expected.")
     found = similarity_groups(thumbnails, threshold=threshold)
     if facts is None:
         lost = np.flatnonzero(thumbnails.min(axis=(1, 2)) == thumbnails.max(axis=(1, 2)))

@@ -1,5 +1,6 @@
 """Audit any folder or manifest, and write what was found as one page and as JSON."""
 
+import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from kerasmed.datasets import files
 _SPLIT_FOLDER = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?)(set)?(?![a-z])", re.IGNORECASE)
 # More names than this are no classes and no splits: folders of patients, say.
 _MOST_LABELS, _MOST_SPLITS = 200, 20
+_SHOWN_NAMES, _SHOWN_SHORTCUTS = 8, 5  # in a line
 
 
 class Report(NamedTuple):
@@ -27,6 +29,7 @@ class Report(NamedTuple):
     found: pd.DataFrame  # of `findings.find`, with unreadable files and shortcuts, and `note`: why
     probe: pd.DataFrame  # of `shortcuts.probe`
     accepted: Sequence[str]
+    grouped: bool = False  # whether `group_id` was found by likeness
 
     def closed_by(self) -> list[str]:
         """Name the kinds of finding that close the gate; where no image could be read, that does."""
@@ -46,61 +49,143 @@ class Report(NamedTuple):
         listed = several.groupby("group_id")["image_path"].agg(list)
         return listed.loc[listed.map(len).sort_values(ascending=False, kind="stable").index]
 
+    def lines(self) -> list[str]:
+        """Say in a line each how large the groups of several images are, and which targets a shortcut tells."""
+        sizes = self.groups().map(len)
+        if sizes.empty:
+            groups = "no groups of several images"
+        else:
+            # Only where no id was known were groups sought by likeness.
+            by = "similarity " if self.grouped else ""
+            few, most = int(sizes.min()), int(sizes.max())
+            each = f"{few} images" if few == most else f"{few} to {most} images"
+            plural = "" if len(sizes) == 1 else "s"
+            groups = f"{len(sizes)} {by}group{plural} of {each}, {int(sizes.sum())} images in all"
+        short = self.found[self.found["kind"] == "shortcut"]
+        told = [f"{name} ({note})" for name, note in zip(short["name"], short["note"])]
+        return [groups, *([f"shortcuts: {_first(told, _SHOWN_SHORTCUTS)}"] if told else [])]
 
-def index(path) -> tuple[Path, pd.DataFrame, list[str]]:
+
+def index(path, *, root=None) -> tuple[Path, pd.DataFrame, list[str], str]:
     """Read a bare folder of images, or a manifest, into a table.
 
     Of a folder, an image's split is the first folder on its path that is named train, val, test or the like
     ("Training", "val_1"); if none is, the first of several. Its label is the last of the other folders. More than 20
     names are no splits, and more than 200 no labels: folders of patients, say.
-    A manifest is a CSV with `image_path` (relative to the CSV), as far as known `split`, `patient_id`, `study_id` and
-    `group_id`, and one column `label` of names or, without it, columns of labels that hold 1, 0 or nothing; other
-    columns are left alone.
+    A manifest is a CSV with `image_path` (relative to the CSV, or to `root`), as far as known `split`, `patient_id`,
+    `study_id` and `group_id`, and one column `label` of names or, without it, columns of labels that hold 1, 0 or
+    nothing; other columns are left alone. Only an empty cell is missing: a label may be spelt "None", a patient "NA".
 
     Args:
         path: folder or CSV file.
+        root: folder that a manifest's paths are relative to, or that absolute ones lie in [the manifest's own].
 
     Returns:
         The folder that paths are relative to; the table, a row an image, with the columns of
-        `kerasmed.manifest.COLUMNS` (missing where unknown) and of the labels; and the labels' names.
+        `kerasmed.manifest.COLUMNS` (missing where unknown) and of the labels; the labels' names; and a line that says
+        what was taken for labels and splits, and which columns were left alone.
 
     Raises:
-        FileNotFoundError: no such path, or no image below it.
-        ValueError: neither folder nor CSV; a CSV without `image_path` or rows, with a path twice, or with one that
-            leaves its folder; a label with the name of a column.
+        FileNotFoundError: no such path or root, or no image below it.
+        ValueError: neither folder nor CSV; a root for a folder; a CSV that is empty, not in UTF-8 or not separated by
+            commas, without `image_path` or rows, with a path twice, or with one that leaves its folder; a label with
+            the name of a column.
     """
     path = Path(path)
     if path.is_dir():
+        if root is not None:
+            raise ValueError(
+                f"{path} is a folder, whose images need no other root, and {root} was given (--data-root); leave it "
+                "out, or name a manifest (CSV)."
+            )
         return path, *_of_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; name a folder of images, or a manifest (CSV).")
     if path.suffix.lower() != ".csv":
         raise ValueError(f"{path} is neither a folder nor a CSV; name a folder of images, or a manifest (CSV).")
-    table = pd.read_csv(path, dtype=dict.fromkeys([*manifest.COLUMNS, "label"], str), encoding="utf-8-sig")
-    missing = [name for name in manifest.COLUMNS if name not in table and name != "image_path"]
+    if root is not None and not Path(root).is_dir():
+        raise FileNotFoundError(
+            f"{root} is no folder; name the one that the paths of {path.name} are relative to (--data-root)."
+        )
+    root = path.parent if root is None else Path(root)
+    return root, *_of_csv(path, root)
+
+
+def _of_csv(path: Path, root: Path) -> tuple[pd.DataFrame, list[str], str]:
+    table = _read_csv(path)
+    start = f"{os.path.abspath(root).rstrip(os.sep)}{os.sep}"
+    table["image_path"] = table["image_path"].str.removeprefix(start)
+    missing = [name for name in manifest.COLUMNS if name not in table]
     table = table.assign(**dict.fromkeys(missing, pd.Series(pd.NA, table.index, dtype="str")))
     if "label" in table:
-        table, class_names = _one_hot(table)
+        table, class_names, labels = _one_hot(table)
     else:
         others = table.columns.difference([*manifest.COLUMNS, *manifest.OPTIONAL], sort=False)
         class_names = [name for name in others if table[name].notna().any() and table[name].dropna().isin([0, 1]).all()]
-    # The splits of a strange table may have any name.
-    manifest.validate(table.assign(split="train"), class_names)
-    return path.parent, table, class_names
+        labels = _named("labels", class_names)
+    try:
+        # The splits of a strange table may have any name.
+        manifest.validate(table.assign(split="train"), class_names)
+    except ValueError as error:
+        absolute = table["image_path"].dropna().map(os.path.isabs).any()
+        mend = " Absolute paths: name the folder that all of them lie in as `root` (--data-root)." if absolute else ""
+        raise ValueError(f"{path}: {error}{mend}") from error
+    alone = table.columns.difference([*manifest.COLUMNS, *class_names], sort=False).tolist()
+    taken = [labels, _named("splits", sorted(table["split"].dropna().unique()))]
+    return table, class_names, "; ".join([*taken, *([_named("left alone", alone)] if alone else [])])
 
 
-def _of_folder(root: Path) -> tuple[pd.DataFrame, list[str]]:
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Read a manifest, ids and labels' names as text."""
+    expected = "a line of column names, image_path among them, and a row an image, separated by commas"
+    types = dict.fromkeys([*manifest.COLUMNS, "label"], str)
+    try:
+        # A label or an id may be spelt "None" or "NA": only nothing is missing.
+        table = pd.read_csv(
+            path, dtype=types, encoding="utf-8-sig", keep_default_na=False, na_values=[""], index_col=False
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}); save it as a CSV in UTF-8.") from error
+    except pd.errors.EmptyDataError as error:
+        raise ValueError(f"{path} is empty; write {expected}, or audit the folder of the images.") from error
+    except ValueError as error:  # rows of other lengths
+        raise ValueError(f"{path} is no readable CSV: {str(error).strip()}. Expected {expected}.") from error
+    if "image_path" not in table:
+        others = [name for name in (";", "\t") if any(name in column for column in table)]
+        mend = f"separate columns by commas, not by {others[0]!r}" if others else "give the column of paths this name"
+        raise ValueError(f"{path} lacks the columns ['image_path']; it has {list(table.columns)}: {mend}.")
+    return table
+
+
+def _first(names: Sequence[str], count: int) -> str:
+    more = f" ({len(names) - count} more)" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _named(what: str, names: Sequence[str]) -> str:
+    return f"{what}: {_first(names, _SHOWN_NAMES)}" if len(names) else f"no {what}"
+
+
+def _too_many(what: str, count: int, most: int) -> str:
+    return f"no {what}: {count} names are too many, at most {most} are taken for {what}"
+
+
+def _of_folder(root: Path) -> tuple[pd.DataFrame, list[str], str]:
     paths = [Path(entry.path).relative_to(root) for entry in files(root)]
     paths = [path for path in paths if path.suffix.lower() in images.SUFFIXES]
     if not paths:
         raise FileNotFoundError(f"no image under {root}; files ending in {', '.join(images.SUFFIXES)} are read.")
     records = [(path.as_posix(), *_split_and_label(path.parts[:-1])) for path in paths]
     table = pd.DataFrame(records, columns=["image_path", "split", "label"], dtype="str")
-    if table["split"].nunique() > _MOST_SPLITS:
+    names = sorted(table["split"].dropna().unique())
+    splits = _named("splits", names)
+    if len(names) > _MOST_SPLITS:
         table["split"] = table["split"].mask(table["split"].notna())
+        splits = _too_many("splits", len(names), _MOST_SPLITS)
     for name in ("patient_id", "study_id", "group_id"):
         table[name] = pd.Series(pd.NA, table.index, dtype="str")
-    return _one_hot(table)
+    table, class_names, labels = _one_hot(table)
+    return table, class_names, f"{labels}; {splits}"
 
 
 def _split_and_label(folders: Sequence[str]) -> tuple[str | None, str | None]:
@@ -110,17 +195,18 @@ def _split_and_label(folders: Sequence[str]) -> tuple[str | None, str | None]:
     return None if place is None else folders[place], others[-1] if others else None
 
 
-def _one_hot(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Turn the column `label` into a column a label, NaN where it is missing."""
+def _one_hot(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str], str]:
+    """Turn the column `label` into a column a label, NaN where it is missing; name them, and say so in words."""
     labels, table = table["label"], table.drop(columns="label")
     class_names = sorted(labels.dropna().unique())
     if len(class_names) > _MOST_LABELS:
-        return table, []
+        return table, [], _too_many("labels", len(class_names), _MOST_LABELS)
     taken = [name for name in class_names if name in table]
     if taken:
         raise ValueError(f"labels {taken} have the names of columns; rename them.")
     known = labels.notna()
-    return table.assign(**{name: (labels == name).astype(float).where(known) for name in class_names}), class_names
+    columns = {name: (labels == name).astype(float).where(known) for name in class_names}
+    return table.assign(**columns), class_names, _named("labels", class_names)
 
 
 def examine(
@@ -159,10 +245,9 @@ def examine(
     findings.check_accepted(accepted)
     table = table.reset_index(drop=True)
     identity = likeness.identify(thumbnails, facts)
-    if similarity and table[["group_id", "patient_id"]].isna().all(axis=None):
-        table = likeness.assign_groups(table, thumbnails, prefix="group", threshold=similarity)
-        # A black or constant image belongs to nobody, and all of them are one finding already.
-        table["group_id"] = table["group_id"].mask((identity["constant"] != "").to_numpy())
+    grouped = bool(similarity) and bool(table[["group_id", "patient_id"]].isna().all(axis=None))
+    if grouped:
+        table = likeness.assign_groups(table, thumbnails, prefix="group", threshold=similarity, facts=facts)
     groups = table["group_id"].fillna(table["patient_id"])
     groups = groups.fillna("alone-" + pd.Series(identity["near"].to_numpy()).astype(str))
     probed = shortcuts.probe(shortcuts.measure(headers, thumbnails), _targets(table, class_names), groups, seed=seed)
@@ -173,7 +258,8 @@ def examine(
         findings.find(table, identity, class_names).assign(note=""),
         _noted("shortcut", short["target"], notes, images=0),
     ]
-    return Report(name, table, thumbnails, class_names, pd.concat(found, ignore_index=True), probed, list(accepted))
+    found = pd.concat(found, ignore_index=True)
+    return Report(name, table, thumbnails, class_names, found, probed, list(accepted), grouped)
 
 
 def _targets(table: pd.DataFrame, class_names: Sequence[str]) -> pd.DataFrame:

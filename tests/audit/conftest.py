@@ -33,7 +33,7 @@ def examined():
     """Function of a path and options of `audit.examine`: the report, made as the command makes it."""
 
     def examine(path, **options):
-        root, table, class_names = audit.index(path)
+        root, table, class_names, _ = audit.index(path)
         store = pipelines.decode(table, root, image_size=images.THUMBNAIL_SIZE, max_quarantined_share=1, progress=False)
         return audit.examine(
             store.manifest,

@@ -93,6 +93,24 @@ def test_assign_groups_gives_each_constant_image_a_group_of_its_own(heads, manif
     assert names[1] == names[2] and names.nunique() == 4
 
 
+def test_assign_groups_with_facts_calls_constant_what_identify_does(heads, manifest, facts_of):
+    dim = np.zeros((64, 64), np.uint8)
+    dim[30, 20] = 1  # whose thumbnail is of no one grey level
+    grey = np.full((64, 64), 90, np.uint8)
+    grey[:2] += 1
+    pictures = np.stack([dim, grey, *heads(1).repeat(2, axis=0), grey, dim])
+    table, facts = manifest([pd.NA] * 6), facts_of(pictures)
+    assert (audit.identify(pictures, facts)["constant"] != "").tolist() == [True, True, False, False, True, True]
+    alone = audit.assign_groups(table, pictures, prefix="t", facts=facts.set_axis(list("uvwxyz")))["group_id"]
+    assert alone[2] == alone[3] and alone.nunique() == 5
+    joined = audit.assign_groups(table, pictures, prefix="t")["group_id"]
+    assert joined[0] == joined[5] and joined[1] == joined[4] and joined.nunique() == 3
+    split = table.assign(group_id=alone, split=["train", "test", "train", "train", "train", "test"])
+    assert audit.find(split).empty
+    with pytest.raises(ValueError, match="5 rows of facts for 6 of the manifest"):
+        audit.assign_groups(table, pictures, prefix="t", facts=facts.head(5))
+
+
 def test_assign_groups_leaves_known_groups_alone(heads, manifest):
     known = manifest(["p1", "p2"])
     same = audit.assign_groups(known, np.repeat(heads(1), 2, axis=0), prefix="t")
@@ -262,6 +280,19 @@ def test_hash_pairs_of_112120_take_less_than_6_seconds(kind, rng):
     assert time.perf_counter() - start < 6
     found = set(zip(one.tolist(), other.tolist()))
     assert {(row, count - planted + row) for row in range(planted)} <= found
+    assert (one < other).all() and len(found) == len(one)
+    assert np.bitwise_count(hashes[one] ^ hashes[other]).max() <= 7
+    start = int(rng.integers(0, count - 500))
+    for rows in (range(500), range(start, start + 500)):  # the first have copies at the end
+        near = {
+            (min(row, partner), max(row, partner))
+            for row in rows
+            for partner in np.flatnonzero(np.bitwise_count(hashes ^ hashes[row]) <= 7).tolist()
+            if partner != row
+        }
+        inside = np.isin(one, rows) | np.isin(other, rows)
+        assert near == set(zip(one[inside].tolist(), other[inside].tolist()))
+        assert len(near) >= 500 or rows.start
     if kind == "uniform":  # two unrelated hashes are this near once in 20 billion pairs
         assert len(found) < planted + 5
 

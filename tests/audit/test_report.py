@@ -41,7 +41,7 @@ def _touch(root, *names):
 )
 def test_index_of_a_folder_takes_split_and_label_from_the_path(tmp_path, path, split, label):
     _touch(tmp_path, path, "other/y.JPG", "notes.txt", ".hidden.png")
-    root, table, class_names = audit.index(tmp_path)
+    root, table, class_names, _ = audit.index(tmp_path)
     assert root == tmp_path and sorted(table["image_path"]) == sorted([path, "other/y.JPG"])
     row = table.set_index("image_path").loc[path]
     assert (row["split"] if pd.notna(row["split"]) else None) == split
@@ -53,10 +53,28 @@ def test_index_of_a_folder_takes_split_and_label_from_the_path(tmp_path, path, s
 
 def test_index_of_folders_of_patients_knows_no_labels_and_no_splits(tmp_path):
     _touch(tmp_path, *(f"p{number}/x.png" for number in range(201)))
-    assert audit.index(tmp_path)[2] == []
+    _, _, class_names, taken = audit.index(tmp_path)
+    assert class_names == [] and taken.startswith("no labels: 201 names are too many, at most 200 are taken for labels")
+    assert taken.endswith("; no splits")
     _touch(tmp_path, *(f"p{number}/mri/x.png" for number in range(21)))
-    _, table, class_names = audit.index(tmp_path)
+    _, table, class_names, taken = audit.index(tmp_path)
     assert table["split"].isna().all() and class_names == []
+    assert taken.endswith("; no splits: 21 names are too many, at most 20 are taken for splits")
+
+
+def test_index_says_what_it_took_for_labels_and_splits(tmp_path):
+    _touch(tmp_path, *(f"{split}/l{number}/x.png" for number in range(10) for split in ("train", "test")))
+    assert audit.index(tmp_path)[3] == "labels: l0, l1, l2, l3, l4, l5, l6, l7 (2 more); splits: test, train"
+    for text, taken in (
+        (
+            "image_path,split,ill,age,note\na.png,x,1,3,n\nb.png,,,4,n\n",
+            "labels: ill; splits: x; left alone: age, note",
+        ),
+        ("image_path,label,ill\na.png,b,1\n", "labels: b; no splits; left alone: ill"),
+        ("image_path\na.png\n", "no labels; no splits"),
+    ):
+        (tmp_path / "m.csv").write_text(text)
+        assert audit.index(tmp_path / "m.csv")[3] == taken
 
 
 def test_index_of_nothing_says_what_is_read(tmp_path):
@@ -75,7 +93,7 @@ a.png,007,fold 1,1,,1,2,0,
 b.png,,,0,0,,3,1,
 """
     (tmp_path / "m.csv").write_text(text, encoding="utf-8-sig")  # as spreadsheets write it
-    root, table, class_names = audit.index(tmp_path / "m.csv")
+    root, table, class_names, _ = audit.index(tmp_path / "m.csv")
     assert root == tmp_path and class_names == ["Mass", "Nodule"]
     assert table["patient_id"].tolist()[0] == "007" and pd.isna(table["patient_id"][1])
     assert table["split"].tolist()[0] == "fold 1" and table[["study_id", "group_id"]].isna().all(axis=None)
@@ -83,15 +101,67 @@ b.png,,,0,0,,3,1,
 
 def test_index_of_a_manifest_with_one_column_of_names_takes_no_other(tmp_path):
     (tmp_path / "m.csv").write_text("image_path,label,portable\na.png,1,0\nb.png,2,1\nc.png,,1\n")
-    _, table, class_names = audit.index(tmp_path / "m.csv")
+    _, table, class_names, _ = audit.index(tmp_path / "m.csv")
     assert class_names == ["1", "2"] and "label" not in table
     np.testing.assert_array_equal(table[class_names], [[1, 0], [0, 1], [np.nan, np.nan]])
+
+
+def test_index_of_a_manifest_takes_only_nothing_for_missing(tmp_path):
+    (tmp_path / "m.csv").write_text("image_path,patient_id,label\na.png,NA,None\nb.png,,null\nc.png,nan,\n")
+    _, table, class_names, _ = audit.index(tmp_path / "m.csv")
+    assert class_names == ["None", "null"]
+    assert table["patient_id"].fillna("missing").tolist() == ["NA", "missing", "nan"]
+    np.testing.assert_array_equal(table[class_names], [[1, 0], [0, 1], [np.nan, np.nan]])
+    (tmp_path / "m.csv").write_text("image_path,Mass,Nodule\na.png,1,\nb.png,,0\nc.png,0,1\n")
+    _, table, class_names, _ = audit.index(tmp_path / "m.csv")
+    assert class_names == ["Mass", "Nodule"] and table[class_names].dtypes.eq(float).all()
+    np.testing.assert_array_equal(table[class_names], [[1, np.nan], [np.nan, 0], [0, 1]])
+
+
+def test_index_of_a_manifest_elsewhere_than_its_images(tmp_path, monkeypatch):
+    _touch(tmp_path, "images/a.png", "images/deep/b.png")
+    (tmp_path / "tables").mkdir()
+    csv = tmp_path / "tables/m.csv"
+    csv.write_text(f"image_path\na.png\n{tmp_path}/images/deep/b.png\n")
+    with pytest.raises(ValueError, match=r"leaves the data root .*b\.png'\]\. Absolute paths: .* \(--data-root\)"):
+        audit.index(csv)
+    monkeypatch.chdir(tmp_path / "tables")
+    for given in (tmp_path / "images", str(tmp_path / "images/"), "../images"):
+        root, table, _, _ = audit.index(csv, root=given)
+        assert all((root / path).exists() for path in table["image_path"])
+        assert table["image_path"].tolist() == ["a.png", "deep/b.png"]
+    with pytest.raises(ValueError, match="leaves the data root"):
+        audit.index(csv, root=tmp_path / "tables")
+    with pytest.raises(
+        FileNotFoundError, match=r"typo is no folder; .* paths of m.csv are relative to \(--data-root\)"
+    ):
+        audit.index(csv, root=tmp_path / "typo")
+    with pytest.raises(ValueError, match="images is a folder, whose images need no other root"):
+        audit.index(tmp_path / "images", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "m.csv is empty; write a line of column names, image_path among them"),
+        (b"\xef\xbb\xbf\n", "m.csv is empty"),
+        ("image_path,label\na.png,Schädel\n".encode("latin-1"), "m.csv is not in UTF-8 .*; save it as a CSV in UTF-8"),
+        ("image_path\na.png\n".encode("utf-16"), "m.csv is not in UTF-8"),
+        (b"image_path;label\na.png;ill\n", r"\['image_path;label'\]: separate columns by commas, not by ';'"),
+        (b"image_path\tlabel\na.png\till\n", r"separate columns by commas, not by '\\t'"),
+        (b"path,label\na.png,ill\n", r"it has \['path', 'label'\]: give the column of paths this name"),
+        (b'image_path,label\n"a.png,ill\n', "m.csv is no readable CSV: .* Expected a line of column names"),
+    ],
+)
+def test_index_of_a_file_that_is_no_such_csv_names_it_and_the_mend(tmp_path, content, message):
+    (tmp_path / "m.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        audit.index(tmp_path / "m.csv")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "No columns"),
         ("image_path\n", "has no rows"),
         ("path,label\na.png,ill\n", r"lacks the columns \['image_path'\]"),
         ("image_path\na.png\na.png\n", "image_path is not unique"),
@@ -159,6 +229,35 @@ def test_examine_groups_by_likeness_where_asked_and_ids_are_unknown(drawn, plant
     assert examined(folder / "m.csv").groups().empty
 
 
+def test_examine_groups_no_nearly_black_image(tmp_path, examined):
+    for split in ("train", "test"):
+        (tmp_path / "s" / split).mkdir(parents=True)
+        picture = np.zeros((64, 64), np.uint8)
+        picture[30, 20 if split == "train" else 21] = 1
+        picture[31, 20:22] = 3
+        cv2.imwrite(str(tmp_path / "s" / split / "dim.png"), picture)
+    report = examined(tmp_path / "s", similarity=0.5)
+    assert report.closed_by() == ["black"] and report.manifest["group_id"].nunique() == 2
+    assert report.lines() == ["no groups of several images"]
+
+
+def test_lines_count_groups_and_name_the_first_shortcuts(tmp_path, heads, examined):
+    (tmp_path / "s").mkdir()
+    one, other = heads(2)
+    for name, picture in {"a": one, "b": one, "c": one, "d": other}.items():
+        cv2.imwrite(str(tmp_path / "s" / f"{name}.png"), picture)
+    assert examined(tmp_path / "s").lines() == ["1 similarity group of 3 images, 3 images in all"]
+    cv2.imwrite(str(tmp_path / "s/e.png"), other)
+    report = examined(tmp_path / "s")
+    assert report.lines() == ["2 similarity groups of 2 to 3 images, 5 images in all"]
+    told = pd.DataFrame({"kind": "shortcut", "name": list("uvwxyz"), "images": 0, "note": "AUROC 0.90"})
+    assert report._replace(found=pd.concat([report.found, told])).lines()[1] == (
+        f"shortcuts: {', '.join(f'{name} (AUROC 0.90)' for name in 'uvwxy')} (1 more)"
+    )
+    pd.DataFrame({"image_path": ["a.png", "d.png"], "group_id": "g"}).to_csv(tmp_path / "s/m.csv", index=False)
+    assert examined(tmp_path / "s/m.csv").lines() == ["1 group of 2 images, 2 images in all"]
+
+
 def test_examine_finds_a_shortcut_and_lets_it_pass(tmp_path, heads, examined):
     for number, head in enumerate(heads(60)):
         label, size = ("ill", (90, 80)) if number % 2 else ("well", (80, 80))
@@ -168,6 +267,7 @@ def test_examine_finds_a_shortcut_and_lets_it_pass(tmp_path, heads, examined):
     assert report.found["kind"].tolist() == ["shortcut"] * 2 and report.found["name"].tolist() == ["ill", "well"]
     assert report.found["note"].tolist() == ["AUROC 1.00, most by width"] * 2
     assert report.by_kind().loc["shortcut"].tolist() == [2, 0] and report.closed_by() == []
+    assert report.lines()[1] == "shortcuts: ill (AUROC 1.00, most by width), well (AUROC 1.00, most by width)"
 
 
 def test_examine_accepts_only_what_could_close_the_gate(drawn, plant, examined):

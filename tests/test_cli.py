@@ -216,6 +216,20 @@ def test_run_looks_at_a_system_and_prints_what_it_found():
         }
         assert accuracy["published test"]["value"] == 1
         assert accuracy["unseen groups"]["ci95"][0] < 0.25 < accuracy["unseen groups"]["ci95"][1]
-    assert not (run / "metrics.json").exists() and len(list((run / "figures").iterdir())) == 8
+    assert not (run / "metrics.json").exists() and len(list((run / "figures").iterdir())) == 10
     collected = _call("collect")
     assert collected.exit_code == 0 and run.name in collected.output
+
+
+@pytest.mark.slow
+def test_run_looks_at_labels_that_do_not_exclude_each_other():
+    result = _call("run", "01_eda", "--profile", "smoke", "-p", "system=tritask")
+    assert result.exit_code == 0, result.output
+    (run,) = (paths.models_root() / "tritask").glob("01_eda-smoke-*")
+    found = runs.read_json(run / "summary.json")["parts"]["scans"]
+    # a quarter of 1,600, 600 and 300 images; each is a group of its own
+    assert found["findings"] == {"black": {"findings": 1, "images": 625}} and found["groups"]["count"] == 2500
+    assert found["leak"]["valid"]["images_in_train"] == 0
+    f1 = {row["variant"]: row["value"] for row in found["neighbour"] if row["metric"] == "f1"}
+    assert f1["majority"] < f1["nearest_neighbour"] < f1["all_positive"]
+    assert {row["target"] for row in found["probe"]} >= {"label1", "label2", "label3", "in the published train"}

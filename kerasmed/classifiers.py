@@ -7,6 +7,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
+from kerasmed.audit import likeness
+
 
 def svc_on_pixels(
     thumbnails: np.ndarray, y: np.ndarray, queries: np.ndarray, *, max_images: int = 3000, seed: int = 0
@@ -27,7 +29,7 @@ def svc_on_pixels(
         float array, shape (num_queries, num_labels). A label of fewer than 5 images of either kind gets its share.
     """
     drawn = np.random.default_rng(seed).permutation(len(y))[:max_images]
-    x, answered = _halve(thumbnails[np.sort(drawn)]), _halve(queries)
+    x, answered = (_flat(images) for images in (thumbnails[np.sort(drawn)], queries))
     told = np.zeros((len(queries), y.shape[1]))
     for position, label in enumerate(y[np.sort(drawn)].T):
         known = np.isfinite(label)
@@ -42,8 +44,7 @@ def svc_on_pixels(
     return told
 
 
-def _halve(thumbnails: np.ndarray) -> np.ndarray:
-    """Average 2×2 pixels and flatten: float32 (num_images, height / 2 · width / 2)."""
-    count, height, width = thumbnails.shape
-    halves = thumbnails.reshape(count, height // 2, 2, width // 2, 2).mean(axis=(2, 4), dtype=np.float32)
-    return halves.reshape(count, height // 2 * (width // 2))
+def _flat(thumbnails: np.ndarray) -> np.ndarray:
+    """Halve and flatten: float32 (num_images, height / 2 · width / 2)."""
+    halves = likeness.halve(thumbnails)
+    return halves.reshape(len(halves), halves.shape[1] * halves.shape[2])

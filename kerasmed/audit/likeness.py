@@ -189,13 +189,13 @@ def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
     """
     hashes = np.zeros(len(thumbnails), np.uint64)
     for start in range(0, len(thumbnails), _BLOCK):
-        low = dctn(_halve(thumbnails[start : start + _BLOCK]), axes=(1, 2))[:, :8, :8].reshape(-1, 64)
+        low = dctn(halve(thumbnails[start : start + _BLOCK]), axes=(1, 2))[:, :8, :8].reshape(-1, 64)
         bits = np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1)
         hashes[start : start + _BLOCK] = bits.view(">u8").ravel()
     return hashes
 
 
-def _halve(thumbnails: np.ndarray) -> np.ndarray:
+def halve(thumbnails: np.ndarray) -> np.ndarray:
     """Average 2×2 pixels: uint8 (num_images, height, width) -> float32 (num_images, height / 2, width / 2)."""
     pairs = np.add(thumbnails[:, ::2], thumbnails[:, 1::2], dtype=np.uint16)
     return np.add(pairs[..., ::2], pairs[..., 1::2], dtype=np.float32) / 4
@@ -316,7 +316,7 @@ def _correlate(thumbnails: np.ndarray, one: np.ndarray, other: np.ndarray) -> np
     members, places = np.unique(np.concatenate([one, other]), return_inverse=True)
     vectors = np.zeros((len(members), thumbnails.shape[1] * thumbnails.shape[2] // 4), np.float32)
     for start in range(0, len(members), _BLOCK):
-        vectors[start : start + _BLOCK] = standardize(_halve(thumbnails[members[start : start + _BLOCK]]))
+        vectors[start : start + _BLOCK] = standardize(halve(thumbnails[members[start : start + _BLOCK]]))
     pairs = places.reshape(2, -1)
     correlations = np.zeros(len(one), np.float32)
     for start in range(0, len(one), _BLOCK):

@@ -66,8 +66,8 @@ def run(notebooks, profile, pairs, data_root, models_root, force, timeout):
     A finished run of the same notebook, parameters, data and sources is not repeated; a killed one goes on. A failure
     is reported at the end and does not stop the others; the exit code is then 1.
     """
+    from kerasmed import collection
     from kerasmed import notebooks as nb
-    from kerasmed import runs
 
     given = _given(pairs, data_root, models_root)
     wanted = nb.names() if notebooks == ("all",) else list(notebooks)
@@ -78,7 +78,7 @@ def run(notebooks, profile, pairs, data_root, models_root, force, timeout):
     ]
     done, failed = _execute(plan, profile, force=force, timeout=timeout)
     for folder in done.values():
-        _show(runs.collect(folder), folder)
+        _show(collection.collect(folder), folder)
     _end(plan, failed)
 
 
@@ -134,8 +134,8 @@ def sweep(notebook, profile, grids, grid_file, pairs, data_root, models_root, ou
     The table is ordered by validation; test figures stand beside it and choose nothing. Every value is checked before
     the first run; a run that is finished is not repeated; one that fails does not stop the others.
     """
+    from kerasmed import collection, runs
     from kerasmed import notebooks as nb
-    from kerasmed import runs
 
     described = _usage(nb.describe, notebook)
     common = _given(pairs, data_root, models_root)
@@ -151,7 +151,7 @@ def sweep(notebook, profile, grids, grid_file, pairs, data_root, models_root, ou
         done, failed = _execute(plan, profile, force=force, timeout=timeout)
         table = nb.sweep_table(tried, done, failed)
         table.to_csv(temporary, index=False)
-    click.echo(f"\n{runs.as_text(nb.shown_of_sweep(table, list(grid))).to_string(index=False)}")
+    click.echo(f"\n{collection.as_text(nb.shown_of_sweep(table, list(grid))).to_string(index=False)}")
     click.echo(f"{len(table)} runs, best validation first; written to {out}")
     _end(plan, failed)
 
@@ -217,7 +217,7 @@ def _show(table, folder: Path):
 
 
 def _show_numbers(table):
-    """Print rows of `runs.collect`, each beside its baseline."""
+    """Print rows of `collection.collect`, each beside its baseline."""
     numbers = dict.fromkeys(("ci_low", "ci_high", "difference", "difference_low", "difference_high"), float)
     for row in table.astype(numbers).to_dict("records"):
         metric, baseline = (row[name].replace("_", " ") for name in ("metric", "baseline"))
@@ -398,14 +398,14 @@ def predict(system, path, run_, out, models_root):
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table as a page.")
 def collect(folder, html):
     """Show all runs below FOLDER [$KERASMED_MODELS, else models/] in one table, newest last."""
-    from kerasmed import runs
+    from kerasmed import collection
 
-    table = runs.collect(folder)
+    table = collection.collect(folder)
     if table.empty:
         raise click.UsageError(f"no runs under {folder or 'the models root'}; make one with `kerasmed run NOTEBOOK`.")
-    click.echo(runs.as_text(table.drop(columns=["folder", "error"])).to_string(index=False))
+    click.echo(collection.as_text(table.drop(columns=["folder", "error"])).to_string(index=False))
     for row in table[table["error"].notna()].itertuples():
         click.echo(f"{row.run}: {row.error}")
     if html:
-        runs.write_html(html, table)
+        collection.write_html(html, table)
         click.echo(f"written to {html}")

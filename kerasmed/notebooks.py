@@ -1,8 +1,9 @@
 """Numbered notebooks: what they take, and running them through papermill.
 
 A notebook's metadata hold `kerasmed: {system, budget_minutes: {profile: minutes}}`, where an empty system leaves it to
-the parameter `system`; its parameters are those of the cell tagged `parameters`; a profile's values lie in
-`notebooks/params/<profile>/<notebook>.yaml`, which plain papermill takes with `-f` as well.
+the parameter `system`, and `needs`, the notebook whose run it builds on, where there is one; its parameters are those
+of the cell tagged `parameters`; a profile's values lie in `notebooks/params/<profile>/<notebook>.yaml`, which plain
+papermill takes with `-f` as well.
 """
 
 import ast
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 
-from kerasmed import datasets, paths, runs
+from kerasmed import collection, datasets, paths, runs
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _ARROW = re.compile(r"^-+> *(\d+) (.*)")
@@ -47,6 +48,7 @@ class Notebook(NamedTuple):
     system: str  # "" where the parameter `system` decides
     budget_minutes: Mapping[str, float]
     parameters: Mapping[str, Parameter]
+    needs: str  # the notebook whose run the parameter `from_run` names; "" for none
 
     def system_of(self, parameters: Mapping) -> str:
         """Return the system that an execution with these parameters belongs to."""
@@ -67,8 +69,8 @@ def describe(name: str) -> Notebook:
     """Read a notebook's title, system, budgets and parameters; refuse an unknown name with those near it.
 
     Raises:
-        ValueError: no such notebook, one without the package's metadata, or one that leaves its system to a parameter
-            it has not.
+        ValueError: no such notebook, one without the package's metadata, or one that leaves its system, or the run that
+            it needs, to a parameter it has not.
     """
     from papermill import inspect_notebook
 
@@ -87,7 +89,9 @@ def describe(name: str) -> Notebook:
     }
     if not own["system"] and "system" not in found:
         raise ValueError(f"{path} names no system in its metadata and has no parameter `system`; add either.")
-    return Notebook(name, path, title, own["system"], own["budget_minutes"], found)
+    if own.get("needs") and "from_run" not in found:
+        raise ValueError(f"{path} needs a run of {own['needs']} and has no parameter `from_run`; add it.")
+    return Notebook(name, path, title, own["system"], own["budget_minutes"], found, own.get("needs", ""))
 
 
 def _meant(name: str, known) -> str:
@@ -183,6 +187,7 @@ def run(
     Raises:
         RuntimeError: the notebook failed, its kernel died, a cell took too long, or the run is under way elsewhere. The
             text says where and why; the run's status is "failed".
+        FileNotFoundError: no complete run, on these data, of the notebook that this one needs.
         OSError: the models root cannot be written to.
     """
     from papermill import execute_notebook
@@ -191,6 +196,9 @@ def run(
     source = datasets.locate(system, parameters, data_root=parameters["data_root"])
     fingerprint = datasets.fingerprint(system, source)
     models_root = parameters["models_root"]
+    if notebook.needs:
+        found = {"run": parameters["from_run"], "fingerprint": fingerprint, "models_root": models_root}
+        parameters = {**parameters, "from_run": str(runs.find(system, notebook.needs, **found))}
     folder = runs.folder(system, notebook.name, parameters, fingerprint, models_root=models_root)
     runs.refuse_running(folder, force=force)
     if force:
@@ -348,7 +356,7 @@ def sweep_table(tried: Sequence[Mapping], done: Mapping[int, Path], failed: Mapp
             error = (failed[position].strip().splitlines() or ["no message"])[0]
             records.append({**record, "validation": math.nan, "status": "failed", "error": error, "run": ""})
         elif position in done:
-            table = runs.collect(done[position])
+            table = collection.collect(done[position])
             found = _figures(table)
             figures |= dict.fromkeys(found)
             chosen_by = {"validation": table["validation"].iloc[0]}
@@ -362,7 +370,7 @@ def sweep_table(tried: Sequence[Mapping], done: Mapping[int, Path], failed: Mapp
 
 
 def _figures(table: pd.DataFrame) -> dict:
-    """Return the columns that the rows of a run in `runs.collect` become; none of a run without numbers."""
+    """Return the columns that the rows of a run in `collection.collect` become; none of a run without numbers."""
     found = {}
     for row in table[table["task"].notna()].to_dict("records"):
         name = " ".join((row["task"], row["label"], row["metric"]))
@@ -385,5 +393,16 @@ def shown_of_sweep(table: pd.DataFrame, swept: Sequence[str]) -> pd.DataFrame:
 
 
 def quickest_first(notebooks: Sequence[Notebook], profile: str) -> list[Notebook]:
-    """Sort by a profile's budget, so that first results come soon; what has no budget comes last, in order."""
-    return sorted(notebooks, key=lambda notebook: notebook.budget_minutes.get(profile, math.inf))
+    """Sort by a profile's budget, so that first results come soon, each after the one whose run it needs.
+
+    What has no budget comes last, in order.
+    """
+    by_name = {notebook.name: notebook for notebook in notebooks}
+
+    def place(notebook):
+        chain = [notebook]
+        while chain[-1].needs in by_name:
+            chain.append(by_name[chain[-1].needs])
+        return max(each.budget_minutes.get(profile, math.inf) for each in chain), len(chain)
+
+    return sorted(notebooks, key=place)

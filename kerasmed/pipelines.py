@@ -264,7 +264,8 @@ def batch(
     index: int,
     batch_size: int,
     augment: Callable | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+    beside: Mapping[str, np.ndarray] | None = None,
+) -> tuple[np.ndarray | dict[str, np.ndarray], np.ndarray]:
     """Make one training batch, a function of (seed, epoch, index) alone.
 
     Args:
@@ -274,15 +275,32 @@ def batch(
         seed, epoch, index: which batch.
         batch_size: rows a batch; an epoch's last batch may be smaller.
         augment: function (images, seed) -> images, from `kerasmed.augment.build`.
+        beside: further inputs of a model, name -> array (num_images, ...) beside `images_`.
 
     Returns:
-        uint8 images (batch, height, width, 1) and their targets.
+        uint8 images (batch, height, width, 1), with `beside` a dict in which they are "image"; and their targets.
     """
     chosen = epoch_order(len(rows), seed=seed, epoch=epoch)[index * batch_size : (index + 1) * batch_size]
     pixels = images_[rows[chosen]]
     if augment is not None:
         pixels = augment(pixels, int(np.random.default_rng((seed, epoch, index)).integers(2**31)))
-    return pixels[..., None], targets[chosen]
+    return _inputs(pixels[..., None], beside, rows[chosen]), targets[chosen]
+
+
+def _inputs(pixels, beside, rows):
+    """What a model takes: the pixels, or a dict of them and of its further inputs at the same rows."""
+    return {"image": pixels, **{name: values[rows] for name, values in beside.items()}} if beside else pixels
+
+
+def _signature(images_, beside):
+    """Shapes and types of `_inputs`, of any number of rows."""
+    import tensorflow as tf
+
+    pixels = tf.TensorSpec((None, *images_.shape[1:], 1), tf.uint8)
+    if not beside:
+        return pixels
+    others = {name: tf.TensorSpec((None, *values.shape[1:]), values.dtype) for name, values in beside.items()}
+    return {"image": pixels, **others}
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
@@ -298,19 +316,17 @@ def batches(
     batch_size: int,
     seed: int,
     first_epoch: int = 0,
-    augment: Callable | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    **options,
+) -> Iterator[tuple]:
     """Yield the training batches of epoch `first_epoch`, the next, and so on without end, some made ahead in threads.
 
-    See `batch` for the arguments.
+    See `batch` for the arguments and further `options`.
     """
     steps = steps_per_epoch(len(rows), batch_size)
 
     def make(number):
         epoch, index = divmod(number, steps)
-        return batch(
-            images_, rows, targets, seed=seed, epoch=epoch, index=index, batch_size=batch_size, augment=augment
-        )
+        return batch(images_, rows, targets, seed=seed, epoch=epoch, index=index, batch_size=batch_size, **options)
 
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="batches") as pool:
         number = first_epoch * steps
@@ -325,10 +341,7 @@ def training_dataset(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray,
     """Wrap `batches` in a `tf.data.Dataset` without end; use it with `steps_per_epoch`."""
     import tensorflow as tf
 
-    signature = (
-        tf.TensorSpec((None, *images_.shape[1:], 1), tf.uint8),
-        tf.TensorSpec((None, *targets.shape[1:]), targets.dtype),
-    )
+    signature = (_signature(images_, options.get("beside")), tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
     dataset = tf.data.Dataset.from_generator(
         lambda: batches(images_, rows, targets, **options), output_signature=signature
     )
@@ -336,7 +349,12 @@ def training_dataset(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray,
 
 
 def evaluation_dataset(
-    images_: np.ndarray, rows: np.ndarray, targets: np.ndarray | None = None, *, batch_size: int = 64
+    images_: np.ndarray,
+    rows: np.ndarray,
+    targets: np.ndarray | None = None,
+    *,
+    batch_size: int = 64,
+    beside: Mapping[str, np.ndarray] | None = None,
 ):
     """Make a `tf.data.Dataset` of every row once, in order, never augmented.
 
@@ -345,25 +363,34 @@ def evaluation_dataset(
         rows: int, shape (num_rows,).
         targets: shape (num_rows, ...); None for prediction.
         batch_size: rows a batch.
+        beside: as in `batch`.
 
     Returns:
-        Dataset of images (batch, height, width, 1), with targets if given.
+        Dataset of images (batch, height, width, 1), or of dicts as in `batch`, with targets if given.
     """
     import tensorflow as tf
 
     def generate():
         for start in range(0, len(rows), batch_size):
-            pixels = images_[rows[start : start + batch_size]][..., None]
-            yield pixels if targets is None else (pixels, targets[start : start + batch_size])
+            part = rows[start : start + batch_size]
+            inputs = _inputs(images_[part][..., None], beside, part)
+            yield inputs if targets is None else (inputs, targets[start : start + batch_size])
 
-    pixels = tf.TensorSpec((None, *images_.shape[1:], 1), tf.uint8)
-    signature = pixels if targets is None else (pixels, tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
+    signature = _signature(images_, beside)
+    if targets is not None:
+        signature = (signature, tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
     dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
     return dataset.apply(tf.data.experimental.assert_cardinality(steps_per_epoch(len(rows), batch_size))).prefetch(2)
 
 
 def datasets_of(
-    store: Store, targets: np.ndarray, *, batch_size: int, seed: int, augment: Callable | None = None
+    store: Store,
+    targets: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    augment: Callable | None = None,
+    beside: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[Callable, object]:
     """Make what `kerasmed.training.fit` takes of a store whose manifest is split.
 
@@ -373,6 +400,7 @@ def datasets_of(
         batch_size: training images a step.
         seed: of shuffle and augmentation.
         augment: from `kerasmed.augment.build`; of training images alone.
+        beside: as in `batch`.
 
     Returns:
         Function of the first epoch -> training dataset without end; and the validation dataset.
@@ -388,9 +416,10 @@ def datasets_of(
             seed=seed,
             first_epoch=first_epoch,
             augment=augment,
+            beside=beside,
         )
 
-    return train_from, evaluation_dataset(store.images, valid, targets[valid])
+    return train_from, evaluation_dataset(store.images, valid, targets[valid], beside=beside)
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------
@@ -402,6 +431,7 @@ def predict_files(
     *,
     image_size: tuple[int, int],
     read_options: Mapping | None = None,
+    beside: Callable[[Sequence[str]], Mapping[str, np.ndarray]] | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Predict raw image files, each read once and not kept.
@@ -410,6 +440,7 @@ def predict_files(
         path: an image file or a folder, searched through.
         models: (Keras model, uint8 (batch, height, width, 1) -> probabilities; names of its classes) each.
         image_size, read_options: as in the models' training.
+        beside: function of image paths, as in the table -> the models' further inputs, as in `batch`.
         progress: show a bar.
 
     Returns:
@@ -435,11 +466,14 @@ def predict_files(
     ) as bar:
         for pixels, reasons in decode_stream(root, names, image_size=image_size, read_options=read_options):
             readable = reasons == ""
+            first = sum(map(len, tables))
+            others = beside(names[first : first + len(reasons)]) if beside else None
+            inputs = _inputs(pixels[readable][..., None], others, readable)
             table = pd.DataFrame({"error": reasons})
             for model, class_names in models:
                 probabilities = np.full((len(reasons), len(class_names)), np.nan, np.float32)
                 if readable.any():
-                    probabilities[readable] = model.predict_on_batch(pixels[readable][..., None])
+                    probabilities[readable] = model.predict_on_batch(inputs)
                 table[[f"p_{name}" for name in class_names]] = probabilities
             tables.append(table)
             bar.update(len(reasons))

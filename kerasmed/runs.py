@@ -11,7 +11,6 @@ has its final name is whole.
 import contextlib
 import datetime
 import hashlib
-import html
 import json
 import math
 import os
@@ -29,11 +28,6 @@ from kerasmed import paths
 # Where things lie is no part of what a run computes.
 LOCATION_PARAMETERS = ("data_root", "models_root")
 KEY_DIGITS = 10
-# The columns of `collect`.
-COLLECTED = (
-    *("run", "status", "data_source", "task", "variant", "validation", "metric", "label", "value", "ci_low", "ci_high"),
-    *("baseline", "baseline_value", "difference", "difference_low", "difference_high", "error", "folder"),
-)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -140,11 +134,14 @@ def key(notebook: str, parameters: Mapping, fingerprint: str) -> str:
     Returns:
         10 hexadecimal digits.
     """
+    kept = {name: value for name, value in parameters.items() if name not in LOCATION_PARAMETERS}
+    if "from_run" in kept:  # the folder's name tells the run, and its key; where it lies does not matter
+        kept["from_run"] = Path(kept["from_run"]).name
     identity = {
         "notebook": notebook,
         "data": fingerprint,
         "sources": sources_hash(notebook),
-        "parameters": {name: value for name, value in parameters.items() if name not in LOCATION_PARAMETERS},
+        "parameters": kept,
     }
     return hashlib.sha256(json.dumps(_plain(identity), sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
 
@@ -384,20 +381,28 @@ def _is_alive(state: Mapping) -> bool:
     return not dead and began <= datetime.datetime.fromisoformat(state["started"]).timestamp() + 1
 
 
-def find(system: str, notebook: str | None = None, *, run: str | os.PathLike = "auto", models_root=None) -> Path:
+def find(
+    system: str,
+    notebook: str | None = None,
+    *,
+    run: str | os.PathLike = "auto",
+    fingerprint: str | None = None,
+    models_root=None,
+) -> Path:
     """Find the run that a later step builds on.
 
     Args:
         system: whose runs.
         notebook: of which notebook; None for any that has metrics: nothing builds on a mere look at the data.
         run: "auto" for the newest complete one, or the path or the folder name of one.
+        fingerprint: of the data that it must have been made with; None for any.
         models_root: see `kerasmed.paths.models_root`.
 
     Returns:
         The run folder, complete. "auto" prefers runs on real data to runs on synthetic data.
 
     Raises:
-        FileNotFoundError: there is none, with the command that makes one.
+        FileNotFoundError: there is none, with the command that makes one; or the one named was made with other data.
     """
     home = paths.models_root(models_root) / system
     command = f"`kerasmed run {notebook or 'NOTEBOOK'}`"
@@ -412,15 +417,23 @@ def find(system: str, notebook: str | None = None, *, run: str | os.PathLike = "
                     raise FileNotFoundError(
                         f"run {candidate} only looks at data and has no model; make one with {command}."
                     )
+                if fingerprint not in (None, _data_of(candidate)):
+                    raise FileNotFoundError(
+                        f"run {candidate} was made with other data (fingerprint {_data_of(candidate)}, here it is "
+                        f"{fingerprint}), so its split is not this one's; make one with these by {command}."
+                    )
                 return candidate
         raise FileNotFoundError(f"no run folder at {run}, nor under {home}; make one with {command}.")
     complete = [
         path.parent
         for path in home.glob(f"{notebook or ''}*/status.json")
-        if status(path.parent)["status"] == "complete" and _is_fit(path.parent, notebook)
+        if status(path.parent)["status"] == "complete"
+        and _is_fit(path.parent, notebook)
+        and fingerprint in (None, _data_of(path.parent))
     ]
     if not complete:
-        raise FileNotFoundError(f"no complete run of {notebook or system} under {home}; make one with {command}.")
+        what = f"{notebook or system}{' on these data' if fingerprint else ''}"
+        raise FileNotFoundError(f"no complete run of {what} under {home}; make one with {command}.")
     return max(complete, key=lambda path: (status(path)["data_source"] == "real", status(path)["finished"]))
 
 
@@ -429,70 +442,6 @@ def _is_fit(run: Path, notebook: str | None) -> bool:
     return not (run / "summary.json").exists() or status(run)["notebook"] == notebook
 
 
-def collect(models_root=None) -> pd.DataFrame:
-    """Read every run under a folder into one table: a row per headline number, or one per run that has none.
-
-    A run with summary.json instead of metrics has no numbers in the table.
-
-    Args:
-        models_root: a folder that holds `<system>/<run>/status.json`, or one system's folder, or one run.
-
-    Returns:
-        DataFrame with the columns `COLLECTED`, newest run last; the difference is to the strongest baseline, and
-        `validation` is the value that a run may be chosen by (None where it gives none).
-    """
-    top = paths.models_root(models_root)
-    found = sorted(
-        {path.parent for depth in ("", "*/", "*/*/") for path in top.glob(f"{depth}status.json")},
-        key=lambda run: status(run).get("started", ""),
-    )
-    records = []
-    for run in found:
-        state = status(run)
-        common = {
-            "run": run.name,
-            "status": state["status"],
-            "data_source": state.get("data_source"),
-            "error": state.get("error"),
-            "folder": str(run),
-        }
-        has_metrics = state["status"] == "complete" and not (run / "summary.json").exists()
-        content = read_json(run / "metrics.json") if has_metrics else {"headline": [{}]}
-        for row in content["headline"]:
-            baseline = row.get("baseline") or {}
-            ends, difference = row.get("ci95") or [None] * 2, baseline.get("difference_ci95") or [None] * 2
-            records.append(
-                {
-                    **common,
-                    "validation": (content.get("chosen_by") or {}).get("value"),
-                    **{name: row.get(name) for name in ("task", "variant", "metric", "label", "value")},
-                    **dict(zip(("ci_low", "ci_high"), ends)),
-                    "baseline": baseline.get("variant"),
-                    "baseline_value": baseline.get("value"),
-                    "difference": baseline.get("difference"),
-                    **dict(zip(("difference_low", "difference_high"), difference)),
-                }
-            )
-    return pd.DataFrame(records, columns=COLLECTED)
-
-
-def as_text(table: pd.DataFrame) -> pd.DataFrame:
-    """Format a table for reading: three decimals, and nothing where a value is missing."""
-
-    def shown(value):
-        return "" if pd.isna(value) else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    return table.astype(object).map(shown)
-
-
-def write_html(path: str | os.PathLike, table: pd.DataFrame) -> None:
-    """Write a table of `collect` as one page without scripts or outside resources."""
-    style = "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.3em .7em}"
-    escaped = as_text(table.drop(columns="folder")).map(html.escape)
-    escaped["folder"] = [f'<a href="{Path(folder).as_uri()}">folder</a>' for folder in table["folder"]]
-    page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>kerasmed runs</title><style>{style}</style>"
-        f"<h1>Runs</h1>{escaped.to_html(index=False, escape=False, border=0)}</html>\n"
-    )
-    with whole(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+def _data_of(run: Path) -> str:
+    """Fingerprint of the data that a run was made with."""
+    return read_json(run / "environment.json")["fingerprint"]

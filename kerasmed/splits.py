@@ -5,6 +5,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
 _NUM_DEALS = 100
+_MAX_LABEL_SETS = 32  # more are not kept in their shares: most of ChestX-ray14's 836 occur in one image
 
 
 def assign(
@@ -18,7 +19,8 @@ def assign(
 
     Args:
         manifest: rows with `group_id` and label columns, none unknown.
-        class_names: label columns. Where they do not exclude each other, each combination is kept in its share.
+        class_names: label columns. Where they do not exclude each other, each combination is kept in its share, or,
+            of more than 32 combinations, the images by the rarest of their labels.
         test_share: share of images in test, in [0, 1).
         valid_share: share of images in valid, in (0, 1); with `test_share` below 1.
         seed: of the shuffle.
@@ -65,7 +67,7 @@ def cross_validate(
 
     Args:
         manifest: rows with `group_id` and label columns, none unknown.
-        class_names: label columns. Where they do not exclude each other, each combination is kept in its share.
+        class_names: label columns, as in `assign`.
         num_folds: at least 2; fewer are made where there are fewer groups.
         valid_share: share of all images in each fold's valid.
         seed: of the shuffles.
@@ -131,10 +133,14 @@ def folds(manifest: pd.DataFrame, class_names, *, num_folds: int = 5, seed: int 
 
 
 def _strata(labels: np.ndarray) -> np.ndarray:
-    """Number the label sets: the class where classes exclude each other, else each combination that occurs."""
+    """Number the label sets: the class where classes exclude each other, else each combination, or the rarest label."""
     if (labels.sum(axis=1) == 1).all():
         return labels.argmax(axis=1)
-    return np.unique(labels, axis=0, return_inverse=True)[1].ravel()
+    sets, numbers = np.unique(labels, axis=0, return_inverse=True)
+    if len(sets) <= _MAX_LABEL_SETS:
+        return numbers.ravel()
+    rarest_first = np.argsort(labels.sum(axis=0), kind="stable")
+    return np.where(labels.any(axis=1), labels[:, rarest_first].argmax(axis=1), labels.shape[1])
 
 
 def _limit_folds(manifest, class_names, num_folds):

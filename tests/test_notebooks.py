@@ -467,3 +467,39 @@ def test_the_shipped_sweep_is_of_parameters_that_the_notebook_knows():
         assert len(found) == 144
         configs = [tritask.Config(**{name: point[name] for name in names_of(tritask.Config)}) for point in found]
         assert {len(tritask.variants(config)) for config in configs} == {1}, "one training a run"
+
+
+def test_quickest_first_puts_a_notebook_behind_the_one_whose_run_it_needs():
+    def notebook(name, minutes, needs=""):
+        return notebooks.Notebook(name, None, "", "brain", {"demo": minutes}, {}, needs)
+
+    listed = [notebook("05", 1, "04"), notebook("09", 3), notebook("04", 5), notebook("07", 6), notebook("03", 2, "02")]
+    assert [each.name for each in notebooks.quickest_first(listed, "demo")] == ["03", "09", "04", "05", "07"]
+
+
+def test_describe_notebook_that_needs_a_run_has_a_parameter_for_it(project):
+    project(GOOD)
+    path = paths.notebooks_root() / "10_tiny.ipynb"
+    path.write_text(path.read_text().replace('"system": "brain"', '"system": "brain", "needs": "07_brain_mri"'))
+    with pytest.raises(ValueError, match="needs a run of 07_brain_mri and has no parameter `from_run`"):
+        notebooks.describe("10_tiny")
+
+
+def test_run_that_needs_another_says_which_to_run_first(project):
+    body = GOOD.replace('"data_source")', '"data_source", "from_run")')
+    project(body)
+    path = paths.notebooks_root() / "10_tiny.ipynb"
+    text = path.read_text().replace('"system": "brain"', '"system": "brain", "needs": "07_brain_mri"')
+    path.write_text(text.replace("sure = False", 'from_run = \\"auto\\"  # type: str  which\\nsure = False'))
+    notebook = notebooks.describe("10_tiny")
+    parameters = notebooks.resolve(notebook, profile="smoke", given={})
+    with pytest.raises(FileNotFoundError, match="no complete run of 07_brain_mri on these data.*kerasmed run 07_brain"):
+        notebooks.run(notebook, parameters)
+    source = datasets.locate("brain", parameters, data_root=parameters["data_root"])
+    made = {"fingerprint": datasets.fingerprint("brain", source), "data_source": "real", "environment": {}}
+    earlier = runs.start("brain", "07_brain_mri", {"profile": "smoke"}, **made)
+    row = {"task": "t", "metric": "m", "value": 0.5, "baseline": {"value": 0.1}}
+    runs.finish(earlier, headline=[row], rows=[])
+    folder, executed = notebooks.run(notebook, parameters)
+    assert executed and runs.read_json(folder / "params.json")["from_run"] == str(earlier)
+    assert notebooks.run(notebook, parameters) == (folder, False)

@@ -234,3 +234,40 @@ def test_training_and_evaluation_dataset_shapes_and_types(arrays):
     np.testing.assert_array_equal(np.concatenate([x for x, _ in got])[..., 0], images_[rows])
     np.testing.assert_array_equal(np.concatenate([y for _, y in got]), targets)
     assert next(iter(pipelines.evaluation_dataset(images_, rows, batch_size=5))).shape == (5, 8, 8, 1)
+
+
+def test_batches_with_further_inputs_keep_them_beside_their_images(arrays):
+    images_, rows, targets = arrays
+    beside = {"patient": np.arange(30, dtype=np.float32)[:, None] * [1, np.nan]}
+    for inputs, y in itertools.islice(
+        pipelines.batches(images_, rows, targets, batch_size=4, seed=0, beside=beside), 8
+    ):
+        chosen = rows[y.argmax(axis=1)]
+        np.testing.assert_array_equal(inputs["image"][..., 0], images_[chosen])
+        np.testing.assert_array_equal(inputs["patient"], beside["patient"][chosen])
+    dataset = pipelines.evaluation_dataset(images_, rows, targets, batch_size=5, beside=beside)
+    got = [inputs["patient"].numpy() for inputs, _ in dataset]
+    np.testing.assert_array_equal(np.concatenate(got), beside["patient"][rows])
+    first, _ = next(iter(pipelines.training_dataset(images_, rows, targets, batch_size=4, seed=0, beside=beside)))
+    assert set(first) == {"image", "patient"} and first["image"].dtype == "uint8" and first["patient"].shape == (4, 2)
+
+
+def test_predict_files_further_inputs_are_those_of_the_readable_files(tree):
+    (tree[0] / "i 3.png").write_bytes(b"")
+    seen = []
+
+    class Told:
+        def predict_on_batch(self, inputs):
+            seen.append(inputs["image"].shape)
+            return inputs["patient"]
+
+    def beside(names):
+        return {"patient": np.array([[float(name.split()[1].removesuffix(".png"))] for name in names])}
+
+    table = pipelines.predict_files(
+        tree[0], [(Told(), ["number"])], image_size=(16, 24), beside=beside, progress=False
+    ).set_index("image_path")
+    assert seen == [(len(table) - 1, 16, 24, 1)]
+    told = table["p_number"].drop("i 3.png")
+    assert told.tolist() == [float(name.split()[1].removesuffix(".png")) for name in told.index]
+    assert np.isnan(table.loc["i 3.png", "p_number"]) and "empty" in table.loc["i 3.png", "error"]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from kerasmed import runs
+from kerasmed import collection, runs
 
 PARAMETERS = {"profile": "smoke", "seed": 0, "image_size": [64, 64], "rate": 0.001}
 
@@ -122,7 +122,7 @@ def test_status_of_a_damaged_file_is_unreadable():
     run = _start()
     (run / "status.json").write_text("{")
     assert runs.status(run)["status"] == "unreadable"
-    assert runs.collect()["error"][0].startswith("status.json:")
+    assert collection.collect()["error"][0].startswith("status.json:")
 
 
 def test_whole_folder_appears_when_whole_and_yields_to_another(tmp_path):
@@ -174,6 +174,23 @@ def test_find_takes_the_newest_complete_and_says_what_to_do_without():
         runs.find("brain", run=unfinished)
 
 
+def test_find_on_other_data_is_refused_with_both_fingerprints():
+    old, new = _start(fingerprint="1"), _start(fingerprint="2")
+    for run in (old, new):
+        runs.finish(run, headline=[_row()], rows=[_row()])
+    assert runs.find("brain", fingerprint="1") == old and runs.find("brain", run=new.name, fingerprint="2") == new
+    with pytest.raises(FileNotFoundError, match="made with other data .fingerprint 2, here it is 1"):
+        runs.find("brain", run=new.name, fingerprint="1")
+    with pytest.raises(FileNotFoundError, match="no complete run of 07_brain_mri on these data"):
+        runs.find("brain", "07_brain_mri", fingerprint="3")
+
+
+def test_key_knows_an_earlier_run_by_its_name_wherever_it_lies():
+    given = [{"profile": "smoke", "from_run": place} for place in ("a-1", "/models/brain/a-1", "a-2")]
+    keys = [runs.key("07_brain_mri", parameters, "f") for parameters in given]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_save_figure_marks_synthetic_data_and_only_these():
     for source, marks in (("synthetic", 1), ("real", 0)):
         run, figure = _start(data_source=source), Figure()
@@ -185,13 +202,13 @@ def test_collect_tabulates_complete_and_failed_runs(tmp_path):
     done, failed = _start(fingerprint="1"), _start(fingerprint="2")
     runs.finish(done, headline=[_row(), _row(metric="balanced_accuracy")], rows=[_row()])
     runs.set_status(failed, "failed", error="cell 3: <ValueError>")
-    table = runs.collect()
+    table = collection.collect()
     assert table["status"].value_counts().to_dict() == {"complete": 2, "failed": 1}
     assert table.loc[
         table["metric"] == "accuracy", ["value", "ci_low", "ci_high", "baseline", "baseline_value"]
     ].values.tolist() == [[0.9, 0.8, 1.0, "majority", 0.5]]
-    assert len(runs.collect(done)) == 2 and len(runs.collect(done.parent)) == 3
-    runs.write_html(tmp_path / "t.html", table)
+    assert len(collection.collect(done)) == 2 and len(collection.collect(done.parent)) == 3
+    collection.write_html(tmp_path / "t.html", table)
     page = (tmp_path / "t.html").read_text()
     assert "&lt;ValueError&gt;" in page and "0.900" in page and "<script" not in page
 
@@ -252,7 +269,7 @@ def test_finish_keeps_what_a_run_may_be_chosen_by_and_refuses_the_test_split():
     run, chosen_by = _start(), {"metric": "f1", "split": "valid", "value": 0.7}
     runs.finish(run, headline=[_row()], rows=[_row()], chosen_by=chosen_by)
     assert runs.read_json(run / "metrics.json")["chosen_by"] == chosen_by
-    assert runs.collect(run)["validation"].tolist() == [0.7]
+    assert collection.collect(run)["validation"].tolist() == [0.7]
     for wrong in ({**chosen_by, "split": "test, black"}, {**chosen_by, "value": float("nan")}):
         with pytest.raises(ValueError, match="expected a finite value of a split that is not the test"):
             runs.finish(run, headline=[_row()], rows=[_row()], chosen_by=wrong)
@@ -261,8 +278,8 @@ def test_finish_keeps_what_a_run_may_be_chosen_by_and_refuses_the_test_split():
 def test_collect_lists_a_run_with_a_summary_in_one_row_without_numbers(tmp_path):
     runs.summarize(_start(fingerprint="1"), {"headline": ["4 images"]})
     runs.finish(_start(fingerprint="2"), headline=[_row()], rows=[_row()])
-    table = runs.collect()
+    table = collection.collect()
     assert table["status"].tolist() == ["complete", "complete"]
     assert sorted(table["value"].isna()) == [False, True]
-    assert runs.as_text(table).loc[table["value"].isna(), "metric"].tolist() == [""]
-    runs.write_html(tmp_path / "t.html", table)
+    assert collection.as_text(table).loc[table["value"].isna(), "metric"].tolist() == [""]
+    collection.write_html(tmp_path / "t.html", table)

@@ -122,3 +122,16 @@ def test_published_keeps_the_test_split_and_marks_relatives_of_training_images()
         audit.gate(manifest)
     with pytest.raises(ValueError, match="no published test split"):
         splits.published(frame, CLASSES)
+
+
+def test_assign_many_label_sets_keep_the_share_of_the_rare_labels(rng):
+    names = [f"label{number}" for number in range(8)]
+    prevalence = np.array([0.3, 0.3, 0.25, 0.2, 0.2, 0.15, 0.1, 0.03])
+    labels = (rng.uniform(size=(1200, 8)) < prevalence).astype(float)
+    assert len(np.unique(labels, axis=0)) > splits._MAX_LABEL_SETS
+    frame = pd.DataFrame(labels, columns=names).assign(group_id=[f"g{row // 2}" for row in range(1200)])
+    split = splits.assign(frame, names, test_share=0.2, valid_share=0.2)
+    assert (split.groupby("group_id")["split"].nunique() == 1).all()
+    shares = split.groupby("split")[names].mean()
+    # The rarest label has about 36 images: a fifth is 7, and whole folds of 60 images hold 1 or 2 of them.
+    assert shares["label7"].between(0.02, 0.04).all() and shares["label6"].between(0.08, 0.12).all()

@@ -1,28 +1,23 @@
 """Metrics with intervals, and the baseline rows that stand beside them.
 
-Images of one patient are no independent draws, so intervals come from a bootstrap over groups: whole groups are drawn
-with replacement, 1,000 times, seeded, and the 2.5th and 97.5th percentiles are reported. Every metric is computed from
+Here are the metrics of exclusive classes and what they share with independent labels (`kerasmed.multilabel`). Images
+of one patient are no independent draws, so intervals come from a bootstrap over groups: whole groups are drawn with
+replacement, 1,000 times, seeded, and the 2.5th and 97.5th percentiles are reported. Every metric is computed from
 weights, one per image (how often its group was drawn), so that all draws are one matrix product, and two models are
 compared on the same draws.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 BOOTSTRAPS = 1000
 MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC = "majority", "all_positive", "nearest_neighbour", "svc"
-BASELINES = (MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC)
-_CHUNK = 2**22  # weights looked at together: what bounds the memory of `_ranking`, at 32 MB an array
-
-
-class Answer(NamedTuple):
-    """What a variant answers of independent labels: present where the probability reaches the label's threshold."""
-
-    probabilities: np.ndarray  # float, shape (num_images, num_labels)
-    thresholds: np.ndarray  # float, shape (num_labels,)
+PATIENT = "patient_data"  # a model on age, sex and view, which sees no image
+CARRY_FORWARD = "carry_forward"  # the findings of the patient's previous visit
+BASELINES = (MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC, PATIENT, CARRY_FORWARD)
+_CHUNK = 2**22  # weights looked at together: what bounds the memory of `ranking`, at 32 MB an array
 
 
 def bootstrap_weights(groups: Sequence, *, num_draws: int = BOOTSTRAPS, seed: int = 0) -> np.ndarray:
@@ -78,7 +73,7 @@ def auroc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.n
         >>> auroc(np.array([False, True, True]), np.array([0.2, 0.2, 0.9]), np.ones((1, 3))).tolist()
         [0.75]
     """
-    return _ranking(positive, scores, weights)[0]
+    return ranking(positive, scores, weights)[0]
 
 
 def average_precision(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -101,11 +96,20 @@ def average_precision(positive: np.ndarray, scores: np.ndarray, weights: np.ndar
 
     Source: scikit-learn, `average_precision_score`, which gives 0 where there is no positive.
     """
-    return _ranking(positive, scores, weights)[1]
+    return ranking(positive, scores, weights)[1]
 
 
-def _ranking(truth, scores, weights) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and average precision of one sort, over the rows whose truth is not NaN."""
+def ranking(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compute `auroc` and `average_precision` of one sort.
+
+    Args:
+        truth: shape (num_images,): 1 or True, 0 or False, or NaN, which leaves the row out.
+        scores: float array, shape (num_images,).
+        weights: shape (num_draws, num_images).
+
+    Returns:
+        Two float64 arrays, shape (num_draws,), NaN where undefined.
+    """
     rows = np.flatnonzero(~np.isnan(truth))
     order = rows[np.argsort(scores[rows], kind="stable")[::-1]]
     positive = truth[order] == 1
@@ -127,13 +131,14 @@ def _ranking(truth, scores, weights) -> tuple[np.ndarray, np.ndarray]:
         positives = all_found[:, -1]
         negatives = all_met[:, -1] - positives
         outscored = negatives[:, None] - (all_met - all_found) + (met - found) / 2  # negatives below, ties half
-        areas[part] = _ratio((found * outscored).sum(axis=1), positives * negatives)
+        areas[part] = ratio((found * outscored).sum(axis=1), positives * negatives)
         precision = np.divide(all_found, all_met, out=np.zeros_like(met), where=all_met > 0)
-        averages[part] = _ratio((found * precision).sum(axis=1), positives)
+        averages[part] = ratio((found * precision).sum(axis=1), positives)
     return areas, averages
 
 
-def _ratio(numerator, denominator):
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide, element by element; NaN where the denominator is not above 0."""
     return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)
 
 
@@ -159,13 +164,13 @@ def multiclass(
     right, true, predicted = np.diagonal(table, axis1=1, axis2=2), table.sum(axis=2), table.sum(axis=1)
     total = table.sum(axis=(1, 2))
     occurs = true > 0
-    sensitivity = _ratio(right, true)
-    f1 = np.where(occurs, _ratio(2 * right, true + predicted), np.nan)
+    sensitivity = ratio(right, true)
+    f1 = np.where(occurs, ratio(2 * right, true + predicted), np.nan)
     areas = np.stack(
         [auroc(class_ids == position, probabilities[:, position], weights) for position in range(num_classes)], axis=1
     )
     # A draw always holds an image, so at least one class occurs; AUROC needs two.
-    macro_area = _ratio(np.nansum(areas, axis=1), np.isfinite(areas).sum(axis=1))
+    macro_area = ratio(np.nansum(areas, axis=1), np.isfinite(areas).sum(axis=1))
     results = {
         ("accuracy", "all"): right.sum(axis=1) / total,
         ("balanced_accuracy", "all"): np.nanmean(sensitivity, axis=1),
@@ -173,8 +178,8 @@ def multiclass(
         ("macro_auroc", "all"): macro_area,
     }
     others = total[:, None] - true
-    specificity = _ratio(others - (predicted - right), others)
-    precision = _ratio(right, predicted)
+    specificity = ratio(others - (predicted - right), others)
+    precision = ratio(right, predicted)
     for position, name in enumerate(class_names):
         results["sensitivity", name] = sensitivity[:, position]
         results["specificity", name] = specificity[:, position]
@@ -253,169 +258,39 @@ def multiclass_rows(
     def score(values, weights):
         return multiclass(class_ids, values, class_names, weights)
 
-    return _compared_rows(probabilities, groups, score, why, task, split, prefix, reference, num_draws, seed)
+    options = {"task": task, "split": split, "prefix": prefix}
+    options |= {"reference": reference, "num_draws": num_draws, "seed": seed}
+    return compared_rows(probabilities, groups, score, why, **options)
 
 
-def multilabel(
-    y_true: np.ndarray,
-    probabilities: np.ndarray,
-    thresholds: np.ndarray,
-    class_names: Sequence[str],
-    weights: np.ndarray,
-) -> dict:
-    """Compute the metrics of independent labels under each row of weights.
-
-    Of each label, over the rows where it is known: F1 = 2tp / (2tp + fp + fn), average precision, AUROC, accuracy,
-    sensitivity (recall), specificity, precision. A metric is NaN where its denominator is 0: F1 where the label is
-    neither present nor answered. "all" is the mean over the labels in which a metric is defined, draw by draw, so
-    ("f1", "all") is what is elsewhere called macro F1 or mean F1.
-
-    Args:
-        y_true: float array, shape (num_images, num_labels): 1 present, 0 absent, NaN unknown, which leaves the row out
-            of that label only.
-        probabilities: shape (num_images, num_labels).
-        thresholds: shape (num_labels,); a label is answered present where probability >= threshold.
-        class_names: of the labels.
-        weights: shape (num_draws, num_images); a row of ones gives the plain metrics.
-
-    Returns:
-        dict (metric, label) -> float array (num_draws,), first the means, whose label is "all".
-    """
-    answered = probabilities >= np.asarray(thresholds)
-    cells = [truth & told for truth in (y_true == 1, y_true == 0) for told in (answered, ~answered)]
-    tp, fn, fp, tn = ((weights @ cell.astype(np.float32)).astype(np.float64) for cell in cells)
-    ranked = [_ranking(truth, scores, weights) for truth, scores in zip(y_true.T, probabilities.T)]
-    areas, averages = (np.stack(each, axis=1) for each in zip(*ranked))
-    per_label = {
-        "f1": _ratio(2 * tp, 2 * tp + fp + fn),
-        "average_precision": averages,
-        "auroc": areas,
-        "accuracy": _ratio(tp + tn, tp + fp + fn + tn),
-        "sensitivity": _ratio(tp, tp + fn),
-        "specificity": _ratio(tn, tn + fp),
-        "precision": _ratio(tp, tp + fp),
-    }
-    results = {}
-    for metric, values in per_label.items():
-        results[metric, "all"] = _ratio(np.nansum(values, axis=1), np.isfinite(values).sum(axis=1))
-    for position, name in enumerate(class_names):
-        results |= {(metric, name): values[:, position] for metric, values in per_label.items()}
-    return results
-
-
-def tune_thresholds(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Choose of each label the threshold that maximises F1 on validation rows; never call it on test rows.
-
-    F1 changes only between neighbouring distinct probabilities. The threshold is the middle of such a gap, so that new
-    images that score about the same are answered alike; below the lowest probability the gap reaches to 0. Of gaps
-    with the same F1 the widest is taken, and of equally wide ones the highest. O(n log n) a label.
-
-    Args:
-        y_true: float array, shape (num_images, num_labels): 1, 0 or NaN (unknown: left out of that label).
-        probabilities: shape (num_images, num_labels), in [0, 1].
-
-    Returns:
-        float64 array, shape (num_labels,); 0.5 for a label without a known positive row.
-
-    Raises:
-        ValueError: unlike shapes, a label that is not 1, 0 or NaN, or a probability that is NaN or outside [0, 1].
-
-    Example:
-        >>> tune_thresholds(np.array([[1], [1], [0], [0]]), np.array([[0.9], [0.6], [0.2], [0.1]])).tolist()
-        [0.4]
-    """
-    y_true, probabilities = np.asarray(y_true, np.float64), np.asarray(probabilities, np.float64)
-    _refuse_unfit(y_true, probabilities, "`probabilities`")
-    if ((probabilities < 0) | (probabilities > 1)).any():
-        low, high = probabilities.min(), probabilities.max()
-        raise ValueError(
-            f"`probabilities` are in [{low:.3g}, {high:.3g}]; expected in [0, 1]: no logits, no distances."
-        )
-    return np.array([_best_threshold(truth, scores) for truth, scores in zip(y_true.T, probabilities.T)])
-
-
-def _best_threshold(truth, scores) -> float:
-    if not (truth == 1).any():
-        return 0.5
-    known = ~np.isnan(truth)
-    values, run = np.unique(scores[known], return_inverse=True)
-    values = values[::-1]  # highest first: every image of the runs up to k is answered present
-    answered = np.cumsum(np.bincount(run)[::-1])
-    tp = np.cumsum(np.bincount(run, weights=truth[known])[::-1])
-    f1 = 2 * tp / (answered + tp[-1])
-    below = np.append(values[1:], 0.0)
-    best = np.lexsort((values, values - below, f1))[-1]
-    middle = (values[best] + below[best]) / 2
-    # Between two neighbouring floats there is no middle, and it may be rounded to the lower one.
-    return middle if middle > below[best] else values[best]
-
-
-def _refuse_unfit(y_true, probabilities, what) -> None:
-    if y_true.ndim != 2 or np.shape(probabilities) != y_true.shape or not np.isfinite(probabilities).all():
-        raise ValueError(
-            f"{what} have shape {np.shape(probabilities)} beside labels of shape {y_true.shape}; "
-            "expected the same, (num_images, num_labels), all finite."
-        )
-    wrong = np.argwhere(~(np.isnan(y_true) | (y_true == 0) | (y_true == 1)))
-    if len(wrong):
-        first = f"First (row, label): {wrong[:3].tolist()}, the value {y_true[tuple(wrong[0])]:g}."
-        raise ValueError(f"{len(wrong)} labels are not 1, 0 or NaN; write NaN for unknown. {first}")
-
-
-def multilabel_rows(
-    y_true: np.ndarray,
-    answers: Mapping[str, Answer],
+def compared_rows(
+    answers: Mapping,
     groups: Sequence,
-    class_names: Sequence[str],
+    score: Callable,
+    why: Callable,
     *,
     task: str,
-    split: str = "test",
-    reference: str | Mapping[str, str] | None = None,
-    num_draws: int = BOOTSTRAPS,
-    seed: int = 0,
+    split: str,
+    prefix: str = "",
+    reference: str | Mapping[str, str] | None,
+    num_draws: int,
+    seed: int,
 ) -> list[dict]:
-    """Tabulate every variant's metrics of independent labels, each beside the strongest baseline on the same draws.
+    """Score every variant on the same bootstrap draws and lay the figures out beside the strongest baseline.
 
     Args:
-        y_true: float array, shape (num_images, num_labels): 1, 0 or NaN (unknown).
-        answers: variant -> `Answer`; at least one of `BASELINES` among the variants.
+        answers: variant -> whatever `score` takes; at least one of `BASELINES` among the variants.
         groups: shape (num_images,), for the bootstrap.
-        class_names: of the labels.
-        task, split, reference, num_draws, seed: as in `multiclass_rows`.
+        score: (answer, weights of shape (num_draws, num_images)) -> dict (metric, label) -> array (num_draws,).
+        why: (metric, label) -> why that value is undefined.
+        task, split, prefix, reference, num_draws, seed: as in `multiclass_rows`.
 
     Returns:
-        Rows as of `multiclass_rows`, with the metrics of `multilabel`; n counts all images, known or not.
+        Rows as of `multiclass_rows`.
 
     Raises:
-        ValueError: no baseline, no image, a label that is not 1, 0 or NaN, or a shape that does not fit.
+        ValueError: no baseline, no image, or a reference that is no variant.
     """
-    y_true = np.asarray(y_true, np.float64)
-    for name, answer in answers.items():
-        _refuse_unfit(y_true, answer.probabilities, f"the probabilities of {name}")
-        if not np.shape(answer.thresholds) == y_true.shape[1:] == (len(class_names),):
-            raise ValueError(
-                f"the thresholds of {name} have shape {np.shape(answer.thresholds)} beside labels of shape "
-                f"{y_true.shape}; expected one for each of {list(class_names)}."
-            )
-    known, present = (dict(zip(class_names, each.any(axis=0))) for each in (~np.isnan(y_true), y_true == 1))
-
-    def why(metric, label):
-        if label == "all":
-            return "undefined of every label"
-        if not known[label]:
-            return f"{label} is unknown in the {split} split"
-        if metric == "precision":
-            return "never predicted"
-        return f"{'no image without' if present[label] else 'no'} {label} in the {split} split"
-
-    def score(answer, weights):
-        return multilabel(y_true, *answer, class_names, weights)
-
-    return _compared_rows(answers, groups, score, why, task, split, "", reference, num_draws, seed)
-
-
-def _compared_rows(answers, groups, score, why, task, split, prefix, reference, num_draws, seed) -> list[dict]:
-    """Tabulate `score(answer, weights)` of each variant beside the others; `why(metric, label)` says why it is NaN."""
     baselines = [name for name in answers if name in BASELINES]
     of = reference if isinstance(reference, Mapping) else dict.fromkeys(answers, reference) if reference else {}
     if not {*of, *of.values()} <= set(answers):
@@ -465,7 +340,10 @@ def _against(rival, name, key, points, spreads) -> dict | None:
 
 
 def tabulate(rows: Sequence[Mapping]) -> pd.DataFrame:
-    """Lay rows of either `..._rows` out for reading: value with interval, baseline, and difference with interval.
+    """Lay rows out for reading: value with interval, baseline, and difference with interval.
+
+    Args:
+        rows: of `multiclass_rows` or `kerasmed.multilabel.rows`.
 
     Returns:
         DataFrame: task, split, label, metric, variant, shown, baseline, difference, to_reference (where rows have

@@ -1,20 +1,203 @@
-"""Tables of predictions of independent labels: thresholds tuned on validation, baselines, scores of the test images.
+"""Independent labels: their metrics, thresholds tuned on validation, baselines, scores of the test images.
 
-A table is that of `kerasmed.predictions` (`tabulate` makes it, `read` reads it), where y_<class> is 1, 0 or NaN
-(unknown) and the p_<class> of a row need not sum to 1.
+Labels are 1, 0 or NaN (unknown), which leaves a row out of that label only. `scores`, `rows` and `tune_thresholds`
+work on arrays; the rest on a table of predictions as of `kerasmed.predictions` (`tabulate` makes it, `read` reads
+it), where the p_<class> of a row need not sum to 1.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from kerasmed import audit, metrics, predictions
 from kerasmed.manifest import targets
-from kerasmed.metrics import Answer
 
-# Answers that look at no image: they mean the same on images that are all alike.
-CONSTANT = (metrics.MAJORITY, metrics.ALL_POSITIVE)
+# Baselines that look at pixels: on images that are all alike they mean nothing.
+ON_PIXELS = (metrics.NEAREST_NEIGHBOUR, metrics.SVC)
+# Metrics of a label that need no threshold.
+RANKED = ("average_precision", "auroc")
+
+
+class Answer(NamedTuple):
+    """What a variant answers of independent labels: present where the probability reaches the label's threshold."""
+
+    probabilities: np.ndarray  # float, shape (num_images, num_labels)
+    thresholds: np.ndarray  # float, shape (num_labels,)
+
+
+def scores(
+    y_true: np.ndarray,
+    probabilities: np.ndarray,
+    thresholds: np.ndarray,
+    class_names: Sequence[str],
+    weights: np.ndarray,
+    *,
+    averaged: Sequence[str] | None = None,
+) -> dict:
+    """Compute the metrics of independent labels under each row of weights.
+
+    Of each label, over the rows where it is known: F1 = 2tp / (2tp + fp + fn), F1 at threshold 0.5 whatever the
+    thresholds ("f1_at_half"), average precision, AUROC, accuracy, sensitivity (recall), specificity, precision. A
+    metric is NaN where its denominator is 0: F1 where the label is neither present nor answered. "all" is the mean over
+    the labels in which a metric is defined, draw by draw, so ("f1", "all") is what is elsewhere called macro F1 or mean
+    F1.
+
+    Args:
+        y_true: float array, shape (num_images, num_labels): 1 present, 0 absent, NaN unknown, which leaves the row out
+            of that label only.
+        probabilities: shape (num_images, num_labels).
+        thresholds: shape (num_labels,); a label is answered present where probability >= threshold.
+        class_names: of the labels.
+        weights: shape (num_draws, num_images); a row of ones gives the plain metrics.
+        averaged: the labels that the means are over; None for all of them.
+
+    Returns:
+        dict (metric, label) -> float array (num_draws,), first the means, whose label is "all".
+    """
+    counted = np.isin(list(class_names), list(class_names if averaged is None else averaged))
+    tp, fn, fp, tn = _counts(y_true, probabilities >= np.asarray(thresholds), weights)
+    tp_at_half, fn_at_half, fp_at_half, _ = _counts(y_true, probabilities >= 0.5, weights)
+    ranked = [metrics.ranking(truth, told, weights) for truth, told in zip(y_true.T, probabilities.T)]
+    areas, averages = (np.stack(each, axis=1) for each in zip(*ranked))
+    per_label = {
+        "f1": metrics.ratio(2 * tp, 2 * tp + fp + fn),
+        "f1_at_half": metrics.ratio(2 * tp_at_half, 2 * tp_at_half + fp_at_half + fn_at_half),
+        "average_precision": averages,
+        "auroc": areas,
+        "accuracy": metrics.ratio(tp + tn, tp + fp + fn + tn),
+        "sensitivity": metrics.ratio(tp, tp + fn),
+        "specificity": metrics.ratio(tn, tn + fp),
+        "precision": metrics.ratio(tp, tp + fp),
+    }
+    results = {}
+    for metric, values in per_label.items():
+        among = values[:, counted]
+        results[metric, "all"] = metrics.ratio(np.nansum(among, axis=1), np.isfinite(among).sum(axis=1))
+    for position, name in enumerate(class_names):
+        results |= {(metric, name): values[:, position] for metric, values in per_label.items()}
+    return results
+
+
+def _counts(y_true, answered, weights) -> list[np.ndarray]:
+    """tp, fn, fp and tn of each label, each float64 (num_draws, num_labels)."""
+    cells = [truth & told for truth in (y_true == 1, y_true == 0) for told in (answered, ~answered)]
+    return [(weights @ cell.astype(np.float32)).astype(np.float64) for cell in cells]
+
+
+def tune_thresholds(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Choose of each label the threshold that maximises F1 on validation rows; never call it on test rows.
+
+    F1 changes only between neighbouring distinct probabilities. The threshold is the middle of such a gap, so that new
+    images that score about the same are answered alike; below the lowest probability the gap reaches to 0. Of gaps
+    with the same F1 the widest is taken, and of equally wide ones the highest. O(n log n) a label.
+
+    Args:
+        y_true: float array, shape (num_images, num_labels): 1, 0 or NaN (unknown: left out of that label).
+        probabilities: shape (num_images, num_labels), in [0, 1].
+
+    Returns:
+        float64 array, shape (num_labels,); 0.5 for a label without a known positive row.
+
+    Raises:
+        ValueError: unlike shapes, a label that is not 1, 0 or NaN, or a probability that is NaN or outside [0, 1].
+
+    Example:
+        >>> tune_thresholds(np.array([[1], [1], [0], [0]]), np.array([[0.9], [0.6], [0.2], [0.1]])).tolist()
+        [0.4]
+    """
+    y_true, probabilities = np.asarray(y_true, np.float64), np.asarray(probabilities, np.float64)
+    check(y_true, probabilities)
+    return np.array([_best_threshold(truth, told) for truth, told in zip(y_true.T, probabilities.T)])
+
+
+def _best_threshold(truth, told) -> float:
+    if not (truth == 1).any():
+        return 0.5
+    known = ~np.isnan(truth)
+    values, run = np.unique(told[known], return_inverse=True)
+    values = values[::-1]  # highest first: every image of the runs up to k is answered present
+    answered = np.cumsum(np.bincount(run)[::-1])
+    tp = np.cumsum(np.bincount(run, weights=truth[known])[::-1])
+    f1 = 2 * tp / (answered + tp[-1])
+    below = np.append(values[1:], 0.0)
+    best = np.lexsort((values, values - below, f1))[-1]
+    middle = (values[best] + below[best]) / 2
+    # Between two neighbouring floats there is no middle, and it may be rounded to the lower one.
+    return middle if middle > below[best] else values[best]
+
+
+def check(y_true: np.ndarray, probabilities: np.ndarray, name: str = "`probabilities`") -> None:
+    """Raise ValueError where labels are not 1, 0 or NaN, or probabilities do not fit them or are not in [0, 1]."""
+    if y_true.ndim != 2 or np.shape(probabilities) != y_true.shape or not np.isfinite(probabilities).all():
+        raise ValueError(
+            f"{name} have shape {np.shape(probabilities)} beside labels of shape {y_true.shape}; "
+            "expected the same, (num_images, num_labels), all finite."
+        )
+    low, high = np.min(probabilities, initial=0), np.max(probabilities, initial=1)
+    if low < 0 or high > 1:
+        raise ValueError(f"{name} are in [{low:.3g}, {high:.3g}]; expected in [0, 1]: no logits, no distances.")
+    wrong = np.argwhere(~(np.isnan(y_true) | (y_true == 0) | (y_true == 1)))
+    if len(wrong):
+        first = f"First (row, label): {wrong[:3].tolist()}, the value {y_true[tuple(wrong[0])]:g}."
+        raise ValueError(f"{len(wrong)} labels are not 1, 0 or NaN; write NaN for unknown. {first}")
+
+
+def rows(
+    y_true: np.ndarray,
+    answers: Mapping[str, Answer],
+    groups: Sequence,
+    class_names: Sequence[str],
+    *,
+    task: str,
+    split: str = "test",
+    averaged: Sequence[str] | None = None,
+    reference: str | Mapping[str, str] | None = None,
+    num_draws: int = metrics.BOOTSTRAPS,
+    seed: int = 0,
+) -> list[dict]:
+    """Tabulate every variant's metrics of independent labels, each beside the strongest baseline on the same draws.
+
+    Args:
+        y_true: float array, shape (num_images, num_labels): 1, 0 or NaN (unknown).
+        answers: variant -> `Answer`; at least one of `kerasmed.metrics.BASELINES` among the variants.
+        groups: shape (num_images,), for the bootstrap.
+        class_names: of the labels.
+        averaged: of `scores`.
+        task, split, reference, num_draws, seed: as in `kerasmed.metrics.multiclass_rows`.
+
+    Returns:
+        Rows as of `kerasmed.metrics.multiclass_rows`, with the metrics of `scores`; n counts all images, known or not.
+
+    Raises:
+        ValueError: no baseline, no image, a label that is not 1, 0 or NaN, a probability outside [0, 1], or a shape
+            that does not fit.
+    """
+    y_true = np.asarray(y_true, np.float64)
+    for name, answer in answers.items():
+        check(y_true, answer.probabilities, f"the probabilities of {name}")
+        if not np.shape(answer.thresholds) == y_true.shape[1:] == (len(class_names),):
+            raise ValueError(
+                f"the thresholds of {name} have shape {np.shape(answer.thresholds)} beside labels of shape "
+                f"{y_true.shape}; expected one for each of {list(class_names)}."
+            )
+    known, present = (dict(zip(class_names, each.any(axis=0))) for each in (~np.isnan(y_true), y_true == 1))
+
+    def why(metric, label):
+        if label == "all":
+            return "undefined of every label"
+        if not known[label]:
+            return f"{label} is unknown in the {split} split"
+        if metric == "precision":
+            return "never predicted"
+        return f"{'no image without' if present[label] else 'no'} {label} in the {split} split"
+
+    def score(answer, weights):
+        return scores(y_true, *answer, class_names, weights, averaged=averaged)
+
+    options = {"task": task, "split": split, "reference": reference, "num_draws": num_draws, "seed": seed}
+    return metrics.compared_rows(answers, groups, score, why, **options)
 
 
 def truth_and_probabilities(table: pd.DataFrame, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -31,44 +214,73 @@ def thresholds(table: pd.DataFrame, class_names: Sequence[str], *, split: str = 
         split: which rows to tune on; never "test", where a tuned threshold would have seen the answers.
 
     Returns:
-        float array, shape (num_labels,), of `kerasmed.metrics.tune_thresholds`.
+        float array, shape (num_labels,), of `tune_thresholds`.
 
     Raises:
         ValueError: the split is "test", or has no row.
     """
     if split == "test":
         raise ValueError("`split` is 'test'; tune thresholds on 'valid': on test rows they would know the answers.")
-    return metrics.tune_thresholds(*truth_and_probabilities(_rows_of(table, split), class_names))
+    return tune_thresholds(*truth_and_probabilities(_rows_of(table, split), class_names))
 
 
-def mean_average_precision(table: pd.DataFrame, class_names: Sequence[str], *, split: str) -> float:
-    """Average precision in a split, averaged over the labels that occur in it: what networks are chosen by.
+def cooccurrence(y_true: np.ndarray, class_names: Sequence[str]) -> pd.DataFrame:
+    """Tell how often labels come together.
+
+    Args:
+        y_true: float array, shape (num_images, num_labels): 1, 0 or NaN.
+        class_names: of the labels.
+
+    Returns:
+        DataFrame, a row and a column a label: the share of the images with the row's label that have the column's as
+        well, where that is known; on the diagonal the share of all images, where known, that have the label. NaN where
+        there is no such image.
+
+    Example:
+        >>> cooccurrence(np.array([[1, 1], [1, 0], [0, 0], [0, 0]]), ["a", "b"]).to_numpy().tolist()
+        [[0.5, 0.5], [1.0, 0.25]]
+    """
+    y_true = np.asarray(y_true, np.float64)
+    present, known = (each.astype(np.float64) for each in (y_true == 1, ~np.isnan(y_true)))
+    shares = metrics.ratio(present.T @ present, present.T @ known)
+    np.fill_diagonal(shares, metrics.ratio(present.sum(axis=0), known.sum(axis=0)))
+    return pd.DataFrame(shares, index=list(class_names), columns=list(class_names))
+
+
+def mean_score(
+    table: pd.DataFrame, class_names: Sequence[str], *, split: str, metric: str = "average_precision"
+) -> float:
+    """Average precision, or AUROC, in a split, averaged over the labels that have one: what networks are chosen by.
 
     Networks are chosen on validation, where thresholds are tuned as well; F1 would be too high there by as much as the
-    tuning gains, and by more for the network whose threshold fits by chance. Average precision needs no threshold.
+    tuning gains, and by more for the network whose threshold fits by chance. These metrics need no threshold.
 
     Args:
         table: predictions, with `split`.
         class_names: label columns.
         split: which rows.
+        metric: of `RANKED`.
 
     Raises:
-        ValueError: the split has no row, or no label occurs in it.
+        ValueError: another metric, the split has no row, or the metric is undefined of every label: average precision
+            needs a positive, AUROC a positive and a negative.
     """
+    if metric not in RANKED:
+        raise ValueError(f"`metric` is {metric!r}; expected one of {RANKED}, which need no threshold.")
     truth, probabilities = truth_and_probabilities(_rows_of(table, split), class_names)
-    if not (truth == 1).any():
-        raise ValueError(
-            f"none of {list(class_names)} occurs in the {split} split; average precision needs a positive."
-        )
     once, half = np.ones((1, len(truth)), np.float32), np.full(len(class_names), 0.5)
-    return float(metrics.multilabel(truth, probabilities, half, class_names, once)["average_precision", "all"][0])
+    value = float(scores(truth, probabilities, half, class_names, once)[metric, "all"][0])
+    if np.isnan(value):
+        kinds = "a positive" if metric == "average_precision" else "a positive and a negative"
+        raise ValueError(f"none of {list(class_names)} has {kinds} in the {split} split, which {metric} needs.")
+    return value
 
 
 def _rows_of(table, split) -> pd.DataFrame:
-    rows = table[table["split"] == split]
-    if rows.empty:
+    found = table[table["split"] == split]
+    if found.empty:
         raise ValueError(f"the table has no row of split {split!r}, only of {sorted(table['split'].unique())}.")
-    return rows
+    return found
 
 
 def baselines(
@@ -122,6 +334,7 @@ def evaluate(
     subsets: Mapping[str, np.ndarray] | None = None,
     constant_only: Collection[str] = (),
     extra: Mapping[str, Answer] | None = None,
+    averaged: Sequence[str] | None = None,
     reference: str | Mapping[str, str] | None = None,
     num_draws: int = metrics.BOOTSTRAPS,
     seed: int = 0,
@@ -138,14 +351,15 @@ def evaluate(
         task: what is classified, for the rows.
         subsets: split as the rows name it -> bool mask over the manifest's rows, of which the test rows are scored,
             such as {"test": all, "test, black": black}; None for {"test": all}.
-        constant_only: the subsets whose images are all alike, so that a nearest neighbour means nothing: only the
-            baselines `CONSTANT` stand there.
+        constant_only: the subsets whose images are all alike, so that a nearest neighbour means nothing: the baselines
+            `ON_PIXELS` are left out there.
         extra: further baselines, named in `kerasmed.metrics.BASELINES` -> `Answer` to the test rows, in their order.
+        averaged: the labels that the means are over; None for all of them.
         reference: variant that the others are compared with as well; or variant -> its own.
         num_draws, seed: of the bootstrap.
 
     Returns:
-        Rows of `kerasmed.metrics.multilabel_rows`.
+        List of dicts, of `rows`.
 
     Raises:
         ValueError: a table does not fit the manifest or was tuned on its test rows, a name or mask does not fit, or a
@@ -166,11 +380,11 @@ def evaluate(
     y_true = targets(manifest, class_names)
     answers |= baselines(y_true[train], len(test), thumbnails[train], thumbnails[test]) | dict(extra)
     groups = manifest["group_id"].to_numpy()[test]
-    rows = []
+    scored = []
     for name, mask in subsets.items():
         among = np.asarray(mask)[test]
-        left_out = set(metrics.BASELINES) - set(CONSTANT) if name in constant_only else ()
-        rows += metrics.multilabel_rows(
+        left_out = ON_PIXELS if name in constant_only else ()
+        scored += rows(
             y_true[test][among],
             {
                 variant: Answer(answer.probabilities[among], answer.thresholds)
@@ -181,11 +395,12 @@ def evaluate(
             class_names,
             task=task,
             split=name,
+            averaged=averaged,
             reference=reference,
             num_draws=num_draws,
             seed=seed,
         )
-    return rows
+    return scored
 
 
 def _refuse_unfit(tables, manifest, subsets, constant_only, extra) -> None:
@@ -225,11 +440,17 @@ def _refuse_unfit(tables, manifest, subsets, constant_only, extra) -> None:
             raise ValueError(f"the subset {name!r} has no test image; leave it out, or change the split.")
 
 
-def headline(rows: Sequence[Mapping], *, task: str, variant: str) -> list[Mapping]:
-    """Pick the rows that answer the notebook's question: mean F1 and mean average precision, over all test images."""
+def headline(
+    rows: Sequence[Mapping],
+    *,
+    task: str,
+    variant: str,
+    metrics: Sequence[str] = ("f1", "average_precision"),
+) -> list[Mapping]:
+    """Pick the rows that answer the notebook's question: means over the labels, over all test images."""
     return [
         row
         for row in rows
         if (row["task"], row["variant"], row["split"], row["label"]) == (task, variant, "test", "all")
-        and row["metric"] in ("f1", "average_precision")
+        and row["metric"] in metrics
     ]

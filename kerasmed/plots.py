@@ -16,29 +16,59 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#3b6ea5", "#d98c3f", "#5b9a68", "#b5524d", "#7d6aa8", "#6f6f6f")
+BOX = "#53d8fb"  # of outlines, on grey and on a heat map
 
 
-def _figure(width, height, rows=1, columns=1, **options):
+def panels(width: float, height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
+    """Make a figure of so many inches and its axes, shape (rows, columns); options of `Figure.subplots`."""
     # No pyplot: a notebook displays what a cell returns, and nothing is kept open.
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def image_grid(
-    images: np.ndarray, captions: Sequence[str], *, title: str, columns: int = 8, row_labels: Sequence[str] = ()
+    images: np.ndarray,
+    captions: Sequence[str],
+    *,
+    title: str,
+    columns: int = 8,
+    row_labels: Sequence[str] = (),
+    boxes: Sequence[tuple[int, float, float, float, float, str]] = (),
 ) -> Figure:
-    """Show uint8 images (num_images, height, width) in a grid, each under its caption, black at 0 and white at 255."""
+    """Show uint8 images (num_images, height, width) in a grid, each under its caption, black at 0 and white at 255.
+
+    `boxes` are outlined: (position of the image, x, y, width, height in its pixels, label), any number an image. A
+    position that is none of an image's raises ValueError.
+    """
+    astray = [box for box in boxes if not 0 <= box[0] < len(images)]
+    if astray:
+        raise ValueError(f"{len(astray)} `boxes` lie in none of the {len(images)} images. First: {astray[:3]}.")
     rows = -(-len(images) // columns)
-    figure, axes = _figure(1.5 * columns, 1.65 * rows + 0.4, rows, columns)
+    figure, axes = panels(1.5 * columns, 1.65 * rows + 0.4, rows, columns)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, image, caption in zip(axes.flat, images, captions):
         axis.imshow(image, cmap="gray", vmin=0, vmax=255)
         axis.set_title(caption, fontsize=7 if max(map(len, caption.split("\n"))) < 20 else 5.5)
+    for position, *box, label in boxes:
+        x0, y0, x1, _ = _outline(axes.flat[position], box).get_bbox().extents
+        height, width = images.shape[1:3]
+        # The label stays in the picture: it grows to the left in the right half, and moves into a box at the top.
+        at_right, at_top = x0 + x1 > width, y0 < 0.1 * height
+        options = {"ha": "right" if at_right else "left", "va": "top" if at_top else "bottom", "fontsize": 5.5}
+        options["bbox"] = {"facecolor": BOX, "edgecolor": "none", "pad": 0.5}
+        axes.flat[position].text(x1 if at_right else x0, y0, label, **options)
     for axis, label in zip(axes[:, 0], row_labels):
         axis.text(-0.08, 0.5, label, transform=axis.transAxes, rotation=90, ha="right", va="center", fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _outline(axis, box) -> Rectangle:
+    x, y, width, height = box
+    # A pixel's centre is at its index, so its edge is half a pixel before.
+    outline = Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=BOX, linewidth=1.2)
+    return axis.add_patch(outline)
 
 
 def class_counts(counts: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
@@ -48,7 +78,7 @@ def class_counts(counts: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
         counts: task -> table of `splits.groups_per_split`, or of images alone, indexed by class, a column a split.
         title: of the figure.
     """
-    figure, axes = _figure(5.5 * len(counts), 3, 1, len(counts))
+    figure, axes = panels(5.5 * len(counts), 3, 1, len(counts))
     for axis, (task, table) in zip(axes[0], counts.items()):
         has_groups = table.columns.nlevels > 1
         shown = table.xs("images", axis=1, level=1) if has_groups else table
@@ -69,7 +99,7 @@ def class_counts(counts: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
 
 def group_sizes(sizes: Mapping[str, np.ndarray], *, title: str) -> Figure:
     """Draw how many images the groups of each task hold."""
-    figure, axes = _figure(4.5 * len(sizes), 2.8, 1, len(sizes))
+    figure, axes = panels(4.5 * len(sizes), 2.8, 1, len(sizes))
     for axis, (task, values) in zip(axes[0], sizes.items()):
         axis.hist(values, bins=np.arange(0.5, values.max() + 1.5), color=COLOURS[0])
         axis.set(
@@ -84,12 +114,29 @@ def group_sizes(sizes: Mapping[str, np.ndarray], *, title: str) -> Figure:
     return figure
 
 
-def learning_curves(histories: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
-    """Draw loss and accuracy by epoch, training and validation; a dashed line marks the epoch that was kept."""
-    figure, axes = _figure(9, 2.8 * len(histories), len(histories), 2)
+def learning_curves(
+    histories: Mapping[str, pd.DataFrame], *, title: str, metrics: Sequence[str] = ("loss", "accuracy")
+) -> Figure:
+    """Draw those of the metrics that a history has by epoch, training and validation; dashed: the epoch that was kept.
+
+    Args:
+        histories: name -> table with epoch, kept, and <metric> and val_<metric> of each metric that was measured.
+        title: of the figure.
+        metrics: a column each, in order; those that no history has are left out.
+
+    Raises:
+        ValueError: no history has any of the metrics.
+    """
+    shown = [metric for metric in metrics if any(metric in history for history in histories.values())]
+    if not shown:
+        raise ValueError(f"`metrics` are {list(metrics)}, of which no history has any.")
+    figure, axes = panels(4.5 * len(shown), 2.8 * len(histories), len(histories), len(shown))
     for row, (name, history) in zip(axes, histories.items()):
         best = history.loc[history["kept"], "epoch"].item()
-        for axis, metric in zip(row, ("loss", "accuracy")):
+        for axis, metric in zip(row, shown):
+            if metric not in history:
+                axis.set_axis_off()
+                continue
             axis.plot(history["epoch"], history[metric], color=COLOURS[0], label="train")
             axis.plot(history["epoch"], history[f"val_{metric}"], color=COLOURS[1], label="validation")
             axis.axvline(best, color="grey", linestyle="--", linewidth=1, label=f"kept: epoch {best}")
@@ -102,7 +149,7 @@ def learning_curves(histories: Mapping[str, pd.DataFrame], *, title: str) -> Fig
 
 def confusion(tables: Mapping[str, np.ndarray], class_names: Mapping[str, Sequence[str]], *, title: str) -> Figure:
     """Draw confusion matrices: colour is the share of the true class, the figure in a cell the number of images."""
-    figure, axes = _figure(4.8 * len(tables), 4.2, 1, len(tables))
+    figure, axes = panels(4.8 * len(tables), 4.2, 1, len(tables))
     for axis, (name, table) in zip(axes[0], tables.items()):
         totals = table.sum(axis=1, keepdims=True)
         shares = np.divide(table, totals, out=np.zeros_like(table, dtype=float), where=totals > 0)
@@ -140,7 +187,7 @@ def metric_intervals(
     tasks = list(dict.fromkeys(table["task"]))
     num_lines = max(table["task"].value_counts())
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
-    figure, axes = _figure(5.8 * len(tasks), 0.36 * num_lines + 1.3, 1, len(tasks))
+    figure, axes = panels(5.8 * len(tasks), 0.36 * num_lines + 1.3, 1, len(tasks))
     for axis, task in zip(axes[0], tasks):
         labels = []
         ordered = [
@@ -192,7 +239,7 @@ def model_diagram(model, *, title: str, columns: int = 6) -> Figure:
             blocks.setdefault(layer.name.split("_")[0], []).extend(unnamed)
             unnamed = []
     rows = -(-len(blocks) // columns)
-    figure, axes = _figure(11, 1.9 * rows + 0.5)
+    figure, axes = panels(11, 1.9 * rows + 0.5)
     axis = axes[0, 0]
     for position, (name, members) in enumerate(blocks.items()):
         kinds = "\n".join(dict.fromkeys(type(layer).__name__.removesuffix("2D") for layer in members))
@@ -221,7 +268,7 @@ def image_sizes(sizes: Mapping[str, pd.DataFrame], *, title: str) -> Figure:
         sizes: task -> table with `height` and `width` in pixels, NaN where unknown.
         title: of the figure.
     """
-    figure, axes = _figure(4.8 * len(sizes), 4, 1, len(sizes))
+    figure, axes = panels(4.8 * len(sizes), 4, 1, len(sizes))
     for axis, (task, table) in zip(axes[0], sizes.items()):
         counts = table.groupby(["height", "width"]).size().sort_values(ascending=False, kind="stable")
         height, width = (counts.index.get_level_values(name).to_numpy(float) for name in ("height", "width"))
@@ -250,7 +297,7 @@ def grey_levels(shares: Mapping[str, Mapping[str, np.ndarray]], *, title: str) -
         shares: task -> class -> share of the pixels at each of the 256 grey levels.
         title: of the figure.
     """
-    figure, axes = _figure(5.5 * len(shares), 3.4, 1, len(shares))
+    figure, axes = panels(5.5 * len(shares), 3.4, 1, len(shares))
     for axis, (task, classes) in zip(axes[0], shares.items()):
         for colour, (name, values) in zip(itertools.cycle(COLOURS), classes.items()):
             axis.plot(np.arange(256), 100 * np.asarray(values), color=colour, linewidth=1.2, label=name)
@@ -277,7 +324,7 @@ def heat_maps(
 
     Args:
         images: uint8, shape (num_images, height, width).
-        heat: float of the same shape, at least 0, from `kerasmed.gradcam.upsample`.
+        heat: float of the same shape, at least 0, from `kerasmed.localisation.upsample`.
         captions: one per image.
         title: of the figure.
         columns: images a row.
@@ -288,11 +335,11 @@ def heat_maps(
     """
     if heat.shape != images.shape:
         raise ValueError(
-            f"`heat` has shape {heat.shape} and `images` {images.shape}; enlarge the maps with `gradcam.upsample`."
+            f"`heat` has shape {heat.shape} and `images` {images.shape}; enlarge the maps with `localisation.upsample`."
         )
     columns = min(columns, max(len(images), 1))
     rows = max(-(-len(images) // columns), 1)
-    figure, axes = _figure(1.5 * columns + 0.9, 1.65 * rows + 0.5, rows, columns)
+    figure, axes = panels(1.5 * columns + 0.9, 1.65 * rows + 0.5, rows, columns)
     longest = max((len(line) for caption in captions for line in caption.split("\n")), default=0)
     colours = ScalarMappable(Normalize(0, 1), "inferno")
     for axis in axes.flat:
@@ -302,10 +349,7 @@ def heat_maps(
         axis.imshow(image, cmap="gray", vmin=0, vmax=255)
         axis.imshow(share, cmap=colours.cmap, norm=colours.norm, alpha=share * 2 / 3)
         if boxes is not None and np.isfinite(boxes[position]).all():
-            x, y, width, height = boxes[position]
-            # A pixel's centre is at its index, so its edge is half a pixel before.
-            outline = Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor="#53d8fb", linewidth=1.2)
-            axis.add_patch(outline)
+            _outline(axis, boxes[position])
         axis.set_title(caption, fontsize=7 if longest < 20 else 5.5)
     bar = figure.colorbar(colours, ax=axes.ravel().tolist(), pad=0.02, aspect=25)
     bar.set_label("share of the map's maximum", fontsize=8)

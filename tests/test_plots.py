@@ -42,6 +42,35 @@ def test_image_grid_shows_every_image_at_full_range(rng):
     assert [axis.get_title() for axis in figure.axes] == [*"abcde", ""]
 
 
+def test_image_grid_outlines_boxes_with_their_labels_inside_the_picture():
+    images = np.zeros((3, 20, 40), np.uint8)
+    boxes = [(0, 2, 8, 10, 5, "left"), (0, 30, 0, 9, 20, "right"), (2, 0, 0, 40, 20, "all")]
+    figure = plots.image_grid(images, list("abc"), title="T", columns=2, boxes=boxes)
+    outlines = [[patch.get_bbox().bounds for patch in axis.patches] for axis in figure.axes]
+    # A pixel's edge is half a pixel before its centre.
+    assert outlines == [[(1.5, 7.5, 10, 5), (29.5, -0.5, 9, 20)], [], [(-0.5, -0.5, 40, 20)], []]
+    texts = [(text.get_text(), text.get_ha(), text.get_va(), text.get_position()) for text in figure.axes[0].texts]
+    assert texts == [("left", "left", "bottom", (1.5, 7.5)), ("right", "right", "top", (38.5, -0.5))]
+
+
+@pytest.mark.parametrize("position", [-1, 2])
+def test_image_grid_refuses_a_box_in_no_image(position):
+    with pytest.raises(ValueError, match=rf"1 `boxes` lie in none of the 2 images. First: \[\({position}, 0"):
+        plots.image_grid(np.zeros((2, 8, 8), np.uint8), "ab", title="T", boxes=[(position, 0, 0, 1, 1, "a")])
+
+
+def test_learning_curves_draw_the_metrics_that_a_history_has():
+    history = pd.DataFrame({"epoch": [1, 2], "loss": [2, 1], "val_loss": [2, 3], "kept": [False, True]})
+    figure = plots.learning_curves({"t": history, "u": history}, title="T")
+    assert [axis.get_title() for axis in figure.axes] == ["t: loss", "u: loss"]
+    measured = history.assign(auroc=[0.5, 0.6], val_auroc=[0.5, 0.7])
+    figure = plots.learning_curves({"t": measured, "u": history}, title="T", metrics=("auroc", "loss"))
+    assert [axis.get_title() for axis in figure.axes] == ["t: auroc", "t: loss", "", "u: loss"]
+    assert [line.get_ydata().tolist() for line in figure.axes[0].get_lines()[:2]] == [[0.5, 0.6], [0.5, 0.7]]
+    with pytest.raises(ValueError, match=r"`metrics` are \['f1'\], of which no history has any"):
+        plots.learning_curves({"t": history}, title="T", metrics=["f1"])
+
+
 def test_learning_curves_mark_the_kept_epoch():
     history = pd.DataFrame(
         {

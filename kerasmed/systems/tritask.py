@@ -27,7 +27,6 @@ from kerasmed import (
     environment,
     images,
     losses,
-    metrics,
     models,
     multilabel,
     pipelines,
@@ -314,13 +313,10 @@ def train(variant: Variant, store: pipelines.Store, *, run: Path) -> Trained:
 
 def choose(candidates: Sequence[Trained]) -> Trained:
     """Choose the training of the best mean average precision on validation; test images have no say."""
-    return max(
-        candidates,
-        key=lambda each: multilabel.mean_average_precision(each.predictions, CLASS_NAMES, split="valid"),
-    )
+    return max(candidates, key=lambda each: multilabel.mean_score(each.predictions, CLASS_NAMES, split="valid"))
 
 
-def pixel_baseline(config: Config, store: pipelines.Store) -> metrics.Answer:
+def pixel_baseline(config: Config, store: pipelines.Store) -> multilabel.Answer:
     """Answer the test images with a support vector machine on pixels, its thresholds tuned on validation."""
     store = deduplicate(config, store)
     y = targets(store.manifest, CLASS_NAMES)
@@ -329,7 +325,7 @@ def pixel_baseline(config: Config, store: pipelines.Store) -> metrics.Answer:
     told = classifiers.svc_on_pixels(
         store.thumbnails[train_], y[train_], store.thumbnails[asked], max_images=config.svc_images, seed=config.seed
     )
-    return metrics.Answer(told[len(valid) :], metrics.tune_thresholds(y[valid], told[: len(valid)]))
+    return multilabel.Answer(told[len(valid) :], multilabel.tune_thresholds(y[valid], told[: len(valid)]))
 
 
 def evaluate(config: Config, tables: Mapping[str, pd.DataFrame], store: pipelines.Store, **options) -> list[dict]:
@@ -342,7 +338,7 @@ def evaluate(config: Config, tables: Mapping[str, pd.DataFrame], store: pipeline
         options: of `kerasmed.multilabel.evaluate`, such as `extra` and `reference`.
 
     Returns:
-        Rows of `kerasmed.metrics.multilabel_rows`; on black images, which are all alike, beside constant answers only.
+        Rows of `kerasmed.multilabel.rows`; on black images, which are all alike, without the baselines on pixels.
     """
     store = deduplicate(config, store)
     black = (store.manifest["black"] == 1).to_numpy()

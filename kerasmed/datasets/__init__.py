@@ -2,10 +2,10 @@
 
 A system's module (`datasets/<system>.py`) states `CLASS_NAMES` (part to classes), `EXCLUSIVE` (whether every image has
 exactly one of them), `SOURCES` (part to link and licence, empty where there is no public link), `LAYOUT`,
-`ARCHIVE_FOLDERS` (part to the folders of its download), `TABLES` (files of a part's folder that are no images but
-belong there), `folder(root)` (where its data lie under a data root, or None), `part_folder(root, part)` and
-`read(root, part)`; `datasets/synthetic/<system>.py` has `write(root, **options)`, which writes `synthetic.json` and
-`truth.csv` into the system's folder.
+`ARCHIVE_FOLDERS` (part to what its folder takes from the download: name there to folder or file in the archive),
+`TABLES` (files of a part's folder that are no images but belong there), `folder(root)` (where its data lie under a data
+root, or None), `part_folder(root, part)` and `read(root, part)`; `datasets/synthetic/<system>.py` has
+`write(root, **options)`, which writes `synthetic.json` and `truth.csv` into the system's folder.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ import pandas as pd
 from kerasmed import images, paths
 from kerasmed.manifest import SPLITS
 
-SYSTEMS = ("brain", "tritask")
+SYSTEMS = ("brain", "chest", "tritask")
 DATA_SOURCES = ("auto", "real", "synthetic")
 # Written into every synthetic set, so that it can never pass for real data.
 SYNTHETIC_MARKER = "synthetic.json"
@@ -159,7 +159,11 @@ def check(system: str, root, *, jobs: int = -1) -> tuple[pd.DataFrame, pd.DataFr
         listed = {*frame["image_path"], *(path.relative_to(root).as_posix() for path in expected)}
         present = [Path(entry.path).relative_to(root).as_posix() for entry in files(home)]
         problems += [
-            {"part": part, "file": path, "problem": "left out: no image by its suffix, or not in a folder of images"}
+            {
+                "part": part,
+                "file": path,
+                "problem": "left out: no image by its suffix, or not in a folder or table of images",
+            }
             for path in present
             if path not in listed
         ]
@@ -201,12 +205,12 @@ def fetch(system: str, root, *, download: Callable[[str], str] | None = None) ->
             extra `data`, and Kaggle credentials for some sets.
 
     Returns:
-        The folders made; those already there are left alone.
+        The folders and files made; those already there are left alone.
 
     Raises:
         ValueError: unknown system, or one without a public link.
         ImportError: kagglehub is not installed.
-        FileNotFoundError: the archive has not the folders that it is known by.
+        FileNotFoundError: the archive has not the folders and files that it is known by.
     """
     module = reader(system)
     if not module.SOURCES:
@@ -222,21 +226,23 @@ def fetch(system: str, root, *, download: Callable[[str], str] | None = None) ->
         download = kagglehub.dataset_download
     made = []
     for part, (link, _) in module.SOURCES.items():
-        targets = {split: module.part_folder(root, part) / split for split in module.ARCHIVE_FOLDERS[part]}
+        targets = {name: module.part_folder(root, part) / name for name in module.ARCHIVE_FOLDERS[part]}
         if all(target.exists() for target in targets.values()):
             continue
         archive = Path(download(link.split("/datasets/")[1]))
-        for split, target in targets.items():
-            origin = archive / module.ARCHIVE_FOLDERS[part][split]
-            if not origin.is_dir():
+        for name, target in targets.items():
+            origin = archive / module.ARCHIVE_FOLDERS[part][name]
+            if not origin.exists():
                 raise FileNotFoundError(
-                    f"the archive of {link} has no folder {module.ARCHIVE_FOLDERS[part][split]}; it holds "
+                    f"the archive of {link} has no {'file' if origin.suffix else 'folder'} "
+                    f"{module.ARCHIVE_FOLDERS[part][name]}; it holds "
                     f"{sorted(path.name for path in archive.iterdir())}. Lay it out by hand as {module.LAYOUT}."
                 )
             if not target.exists():
                 unfinished = target.with_name(f".{target.name}.copying")
                 shutil.rmtree(unfinished, ignore_errors=True)
-                shutil.copytree(origin, unfinished)
+                unfinished.parent.mkdir(parents=True, exist_ok=True)
+                (shutil.copytree if origin.is_dir() else shutil.copy2)(origin, unfinished)
                 unfinished.rename(target)
                 made.append(target)
     return made

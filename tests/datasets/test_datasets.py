@@ -3,9 +3,10 @@ import os
 import pytest
 
 from kerasmed import datasets, paths
-from kerasmed.datasets import brain, tritask
+from kerasmed.datasets import brain, chest, tritask
 
 TINY = {"synthetic_patients_per_class": 3, "synthetic_slices_per_patient": 1}
+TINY_CHEST = {"patients": 20, "image_side": 48}
 TINY_TRITASK = {"train_images": 16, "valid_images": 10, "test_images": 10, "black_share": 0.5}
 
 
@@ -80,7 +81,7 @@ def test_locate_data_root_beside_synthetic_is_refused(brain_root):
 
 
 def test_locate_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'brian' is unknown; known are brain, tritask"):
+    with pytest.raises(ValueError, match="'brian' is unknown; known are brain, chest, tritask"):
         datasets.locate("brian", {"data_source": "auto"})
     with pytest.raises(ValueError, match="expected one of auto, real, synthetic"):
         datasets.locate("brain", {"data_source": "fake"})
@@ -161,7 +162,8 @@ def test_check_of_one_layout_for_all_parts_names_what_is_wrong(tritask_root):
 
 @pytest.mark.parametrize("system", datasets.SYSTEMS)
 def test_check_synthetic_set_has_no_problems(system, tmp_path):
-    options = TINY_TRITASK if system == "tritask" else {"patients_per_class": 3, "slices_per_patient": 1}
+    tiny_brain = {"patients_per_class": 3, "slices_per_patient": 1}
+    options = {"brain": tiny_brain, "chest": TINY_CHEST, "tritask": TINY_TRITASK}[system]
     root = datasets.write_synthetic(system, tmp_path / "s", **options)
     counts, problems = datasets.check(system, root)
     assert problems.empty and len(counts)
@@ -195,6 +197,55 @@ def test_fetch_lays_archives_out_as_the_reader_expects(tmp_path, brain_root):
         len(brain.read(tmp_path / "fetched", "alzheimer")) == len(brain.read(tmp_path / "fetched", "brain_tumor")) == 8
     )
     assert datasets.fetch("brain", tmp_path / "fetched", download=download) == [] and len(asked) == 2
+
+
+@pytest.fixture
+def chest_archive(tmp_path):
+    """The public archive's layout: one image in each of images_001/images to images_012/images, and the tables."""
+    archive = tmp_path / "archive"
+    names = [f"{number:08d}_000.png" for number in range(1, 13)]
+    for number, name in enumerate(names, 1):
+        (archive / f"images_{number:03d}/images").mkdir(parents=True)
+        (archive / f"images_{number:03d}/images" / name).write_bytes(b"x")
+    header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position"
+    rows = [f"{name},Mass,0,{number},58,M,PA" for number, name in enumerate(names, 1)]
+    (archive / "Data_Entry_2017.csv").write_text("\n".join([header, *rows]))
+    (archive / "train_val_list.txt").write_text("\n".join(names[:9]))
+    (archive / "test_list.txt").write_text("\n".join(names[9:]))
+    (archive / "BBox_List_2017.csv").write_text("Image Index,Finding Label,Bbox [x,y,w,h],,,\n")
+    (archive / "README_CHESTXRAY.pdf").write_bytes(b"x")  # not asked for
+    return archive
+
+
+def test_fetch_takes_folders_and_files_of_an_archive(tmp_path, chest_archive):
+    asked, root = [], tmp_path / "fetched"
+
+    def download(handle):
+        asked.append(handle)
+        return str(chest_archive)
+
+    made = datasets.fetch("chest", root, download=download)
+    home = root / "chest"
+    assert made == [home / name for name in chest.ARCHIVE_FOLDERS["frontal"]] and len(made) == 16
+    assert sorted(home.iterdir()) == sorted(made) and asked == ["nih-chest-xrays/data"]
+    assert len(chest.read(root)) == 12 and chest.read_boxes(root).empty
+    assert datasets.fetch("chest", root, download=download) == [] and len(asked) == 1
+
+    # What is there stays as it is; what a broken-off download left behind is no file of the set.
+    (home / "test_list.txt").write_text("mine")
+    (home / "Data_Entry_2017.csv").rename(home / ".Data_Entry_2017.csv.copying")
+    (home / ".Data_Entry_2017.csv.copying").write_text("half")
+    assert chest.folder(root) is None
+    assert datasets.fetch("chest", root, download=download) == [home / "Data_Entry_2017.csv"]
+    assert (home / "test_list.txt").read_text() == "mine" and sorted(home.iterdir()) == sorted(made)
+    assert (home / "Data_Entry_2017.csv").read_bytes() == (chest_archive / "Data_Entry_2017.csv").read_bytes()
+
+
+def test_fetch_without_a_file_of_the_archive_is_refused(tmp_path, chest_archive):
+    (chest_archive / "BBox_List_2017.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no file BBox_List_2017.csv; it holds \['Data_Entry_2017.csv', "):
+        datasets.fetch("chest", tmp_path / "d", download=lambda _: str(chest_archive))
+    assert chest.folder(tmp_path / "d") is None
 
 
 def test_fetch_unknown_archive_layout_is_refused(tmp_path):

@@ -1,28 +1,24 @@
-"""Grad-CAM: where in an image a model saw the class that it names, and how often that is where the sign lies.
+"""Grad-CAM: where in an image a model saw the class that it names.
 
     α_k = mean over positions (i, j) of ∂ logit_c / ∂ A_kij,   map = ReLU(Σ_k α_k A_k)
 
 for the feature maps A of one layer and the logit of class c: the probability's gradient vanishes where the model is
-sure, the logit's does not.
+sure, the logit's does not. `kerasmed.localisation` enlarges the maps and compares them with boxes.
 
 Source: Selvaraju et al. 2017, arXiv:1610.02391, equations 1 and 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import cv2
 import keras
 import numpy as np
 
-OK = "ok"
-# No feature's weight is above `WEIGHT_TOLERANCE`: to first order, the class does not depend on the layer.
-ZERO_GRADIENT = "zero_gradient"
-# There are weights, but the weighted sum is nowhere above 0: what the layer shows speaks against the class, or nothing
-# in it is active.
-NEGATIVE = "negative"
-# In logits per unit of a feature. A dead unit gives exactly 0, a saturated one some 1e-20; a real weight over a map of
-# 100×100 positions is about 1e-6.
+from kerasmed.localisation import NEGATIVE, OK, ZERO_GRADIENT
+
+# The largest |α| that counts as no gradient, in logits per unit of a feature. A dead unit gives exactly 0, a saturated
+# one some 1e-20; a real weight over a map of 100×100 positions is about 1e-6, behind average pooling as behind max
+# pooling: the one spreads its gradient over the positions, the other leaves all of it at one of them.
 WEIGHT_TOLERANCE = 1e-12
 # For `default_layer`: what the usual networks end in at 224 pixels. Coarser maps point less well.
 MIN_MAP_SIDE = 7
@@ -46,10 +42,10 @@ class Maps(NamedTuple):
 def candidate_layers(model: keras.Model) -> list[str]:
     """Return the layers whose maps can be explained, in graph order: those that put out (batch, h, w, channels).
 
-    Only layers that the logits depend on are listed.
+    Only layers that depend on the images, and the logits on them, are listed.
 
     Raises:
-        ValueError: the model has no layer "logits" without activation.
+        ValueError: the model has no layer "logits" without activation, or not one input of images.
     """
     return [layer.name for layer, _ in _candidates(model)]
 
@@ -57,13 +53,13 @@ def candidate_layers(model: keras.Model) -> list[str]:
 def default_layer(model: keras.Model) -> str:
     """Return the last of `candidate_layers` whose map is smaller than the image and has `MIN_MAP_SIDE` cells a side.
 
-    It lies on the trunk: nothing passes around it, so that its maps hold all that the logits are made of. Pooling and
-    padding layers are passed over. For the usual networks at 224 pixels it is the last convolution's output after its
-    activation, the paper's choice; for smaller images it is an earlier block's. Where no layer is so, it is the last
-    whose map is larger than 1×1, on the trunk if any is.
+    It lies on the trunk: nothing of the image passes around it, so that its maps hold all that the logits know of the
+    image; other inputs do not count. Pooling and padding layers are passed over. For the usual networks at 224 pixels
+    it is the last convolution's output after its activation, the paper's choice; for smaller images it is an earlier
+    block's. Where no layer is so, it is the last whose map is larger than 1×1, on the trunk if any is.
 
     Raises:
-        ValueError: no map is larger than 1×1, or there is no layer "logits".
+        ValueError: no map is larger than 1×1, there is no layer "logits", or not one input of images.
     """
     maps = [
         (layer, on_trunk)
@@ -76,7 +72,7 @@ def default_layer(model: keras.Model) -> str:
             "logits; Grad-CAM explains convolutional networks."
         )
     trunk = [layer for layer, on_trunk in maps if on_trunk] or [layer for layer, _ in maps]
-    image_size = model.inputs[0].shape[1:3]
+    image_size = _image_input(model).shape[1:3]
     # A side of unknown length is that of an image of any size, and taken to fit.
     fine = [
         layer
@@ -88,18 +84,27 @@ def default_layer(model: keras.Model) -> str:
 
 
 def _candidates(model):
-    """Pairs of a layer that puts out maps and whether every path from image to logits leads through it."""
-    operations = keras.Model(model.inputs, _logits(model).output).operations
-    made = {id(tensor): place for place, one in enumerate(operations) for tensor in keras.tree.flatten(one.output)}
-    last_use = [0] * len(operations)
-    for place, one in enumerate(operations):
-        if not isinstance(one, keras.layers.InputLayer):
-            for tensor in keras.tree.flatten(one.input):
-                last_use[made.get(id(tensor), 0)] = place
-    found, reach = [], 0  # reach: the last use of anything made so far
-    for place, one in enumerate(operations):
-        is_layer = isinstance(one, keras.Layer) and not isinstance(one, keras.layers.InputLayer)
-        if is_layer and len(getattr(one.output, "shape", ())) == 4:
+    """Pairs of a layer that puts out maps of the image and whether all paths from image to logits lead through it."""
+    image = id(_image_input(model))
+    # Only operations that depend on the image are followed; place 0 is the image.
+    followed, last_use, made, beside = [None], [0], {image: 0}, {id(tensor) for tensor in model.inputs} - {image}
+    for one in keras.Model(model.inputs, _logits(model).output).operations:
+        if isinstance(one, keras.layers.InputLayer):
+            continue
+        outputs = [id(tensor) for tensor in keras.tree.flatten(one.output)]
+        # A tensor of unknown origin, of a layer called twice, counts as the image.
+        sources = [made.get(id(tensor), 0) for tensor in keras.tree.flatten(one.input) if id(tensor) not in beside]
+        if not sources:
+            beside.update(outputs)
+            continue
+        for source in sources:
+            last_use[source] = len(followed)
+        made.update(dict.fromkeys(outputs, len(followed)))
+        followed.append(one)
+        last_use.append(0)
+    found, reach = [], last_use[0]  # reach: the last use of anything made so far
+    for place, one in enumerate(followed[1:], start=1):
+        if isinstance(one, keras.Layer) and len(getattr(one.output, "shape", ())) == 4:
             found.append((one, reach <= place))
         reach = max(reach, last_use[place])
     return found
@@ -112,20 +117,23 @@ def build(model: keras.Model, *, layer: str | None = None) -> Callable[..., Maps
     mode; later changes of its weights are seen.
 
     Args:
-        model: functional and flat (no model nested in it), with one input, one output, and a layer "logits" without
-            activation.
+        model: functional and flat (no model nested in it), with one input of images (batch, height, width, channels),
+            any number of other inputs, none of rank 4, one output, and a layer "logits" without activation.
         layer: whose feature maps, shape (batch, h, w, channels); None for `default_layer`. An earlier layer's map is
             finer, and speaks less of the class.
 
     Returns:
-        Function `explain(images, class_ids=None, *, batch_size=32) -> Maps` of
+        Function `explain(images, class_ids=None, *, beside=None, batch_size=32) -> Maps` of
 
         - images: uint8, shape (num_images, height, width, channels), or without the last axis for one channel;
-        - class_ids: int, one for all or shape (num_images,); None explains each image's likeliest class.
+        - class_ids: int, one for all or shape (num_images,); None explains each image's likeliest class;
+        - beside: what the model takes beside images: name of the input -> array, shape (num_images, ...), NaN where
+          the model knows what to do with it. Maps show the image's part alone: at these values of the others.
 
     Raises:
-        ValueError: the model or the layer is not of this kind; from the function: images or class ids do not fit.
-        FloatingPointError: from the function: a map is not finite.
+        ValueError: the model or the layer is not of this kind; from the function: images, class ids or other inputs do
+            not fit.
+        FloatingPointError: from the function: a map or a probability is not finite.
         RuntimeError: the Keras backend is not TensorFlow.
 
     Example:
@@ -136,32 +144,42 @@ def build(model: keras.Model, *, layer: str | None = None) -> Callable[..., Maps
 
     Source: Selvaraju et al. 2017, arXiv:1610.02391.
     """
-    if len(model.inputs) != 1 or len(model.outputs) != 1:
-        raise ValueError(
-            f"model {model.name!r} has {len(model.inputs)} inputs and {len(model.outputs)} outputs; expected one each."
-        )
-    logits = _logits(model)
+    if len(model.outputs) != 1:
+        raise ValueError(f"model {model.name!r} has {len(model.outputs)} outputs; expected one.")
+    image, logits = _image_input(model), _logits(model)
+    # Layers' names outlast saving; a tensor without a name of its own is named anew.
+    inputs = {one.name: one.output for one in model.layers if isinstance(one, keras.layers.InputLayer)}
+    others = {name: tensor for name, tensor in inputs.items() if tensor is not image}
     chosen = _layer(model, default_layer(model) if layer is None else layer)
-    explain_batch = _compile(keras.Model(model.inputs[0], [chosen.output, logits.output, model.outputs[0]]))
-    input_shape = model.inputs[0].shape[1:]
+    explain_batch = _compile(keras.Model([image, *others.values()], [chosen.output, logits.output, model.outputs[0]]))
     num_classes = logits.output.shape[-1]
 
-    def explain(images: np.ndarray, class_ids=None, *, batch_size: int = 32) -> Maps:
-        images = _checked_images(images, input_shape)
+    def explain(
+        images: np.ndarray,
+        class_ids=None,
+        *,
+        beside: Mapping[str, np.ndarray] | None = None,
+        batch_size: int = 32,
+    ) -> Maps:
+        images = _checked_images(images, image.shape[1:])
         wanted = _checked_class_ids(class_ids, len(images), num_classes)
+        added = _checked_beside({} if beside is None else beside, others, len(images))
         if not len(images):
             # TensorFlow takes no gradient of an empty batch; one image gives the arrays their shapes.
-            return Maps(*(part[:0] for part in explain(np.zeros((1, *images.shape[1:]), np.uint8))))
-        starts = range(0, len(images), batch_size)
+            one = {name: np.zeros((1, *values.shape[1:]), values.dtype) for name, values in added.items()}
+            return Maps(*(part[:0] for part in explain(np.zeros((1, *images.shape[1:]), np.uint8), beside=one)))
+        batches = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
         parts = [
-            explain_batch(images[start : start + batch_size], wanted[start : start + batch_size]) for start in starts
+            explain_batch(images[batch], [values[batch] for values in added.values()], wanted[batch])
+            for batch in batches
         ]
         heat, explained, probabilities, largest_weight = (np.concatenate(part) for part in zip(*parts))
-        lost = np.flatnonzero(~np.isfinite(heat).all(axis=(1, 2)))
+        lost = np.flatnonzero(~(np.isfinite(heat).all(axis=(1, 2)) & np.isfinite(probabilities).all(axis=-1)))
         if len(lost):
             raise FloatingPointError(
-                f"the maps of {len(lost)} of {len(images)} images are not finite; look at the model's weights, or load "
-                f"it in float32. First images: {lost[:5].tolist()}."
+                f"the maps or probabilities of {len(lost)} of {len(images)} images are not finite; look at the model's "
+                f"weights{' and at NaN in `beside`' if others else ''}, or load the model in float32. First images: "
+                f"{lost[:5].tolist()}."
             )
         heat[largest_weight <= WEIGHT_TOLERANCE] = 0
         status = np.where(
@@ -170,6 +188,18 @@ def build(model: keras.Model, *, layer: str | None = None) -> Callable[..., Maps
         return Maps(heat, explained.astype(int), probabilities, status)
 
     return explain
+
+
+def _image_input(model):
+    """The one input of rank 4; refuse models with none, and with several."""
+    found = [tensor for tensor in model.inputs if len(tensor.shape) == 4]
+    if len(found) != 1:
+        inputs = ", ".join(f"{tensor.name} {tensor.shape}" for tensor in model.inputs)
+        raise ValueError(
+            f"model {model.name!r} has {len(found)} inputs of images among its inputs {inputs}; expected one of shape "
+            "(batch, height, width, channels), and all others of another rank."
+        )
+    return found[0]
 
 
 def _logits(model):
@@ -206,14 +236,17 @@ def _layer(model, name):
         shape = getattr(layer.output, "shape", None)
         if shape is None or len(shape) != 4 or isinstance(layer, keras.layers.InputLayer):
             raise ValueError(f"layer {name!r} puts out {shape}; expected maps (batch, h, w, channels). {last}")
-        raise ValueError(f"the logits of model {model.name!r} do not depend on layer {name!r}. {last}")
+        raise ValueError(
+            f"no path from the images to the logits of model {model.name!r} leads through layer {name!r}. {last}"
+        )
     return layer
 
 
 def _compile(parts: keras.Model) -> Callable:
-    """Compile (images, class ids) -> (maps, class ids, probabilities, largest |α| of each image), NumPy in and out.
+    """Compile (images, other inputs, class ids) -> (maps, class ids, probabilities, largest |α| of each image).
 
-    `parts` puts out features, logits and probabilities. Only this function depends on the Keras backend.
+    All are NumPy. `parts` takes the images first, and puts out features, logits and probabilities. Only this function
+    depends on the Keras backend.
     """
     backend = keras.backend.backend()
     if backend != "tensorflow":
@@ -223,26 +256,30 @@ def _compile(parts: keras.Model) -> Callable:
         )
     import tensorflow as tf
 
-    pixels = tf.TensorSpec(parts.inputs[0].shape, tf.uint8)
+    pixels, *others = (tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in parts.inputs)
+    pixels = tf.TensorSpec(pixels.shape, tf.uint8)
 
     # A batch of unknown length: the last, smaller one is not traced anew.
-    @tf.function(input_signature=[pixels, tf.TensorSpec([None], tf.int32)])
-    def explain_batch(images, class_ids):
-        features, logits, probabilities = parts(images, training=False)
+    @tf.function(input_signature=[pixels, others, tf.TensorSpec([None], tf.int32)])
+    def explain_batch(images, others, class_ids):
+        features, logits, probabilities = parts([images, *others], training=False)
         logits = tf.cast(logits, tf.float32)
         class_ids = tf.where(class_ids == _LIKELIEST, tf.argmax(logits, axis=-1, output_type=tf.int32), class_ids)
         num_positions = tf.cast(tf.reduce_prod(tf.shape(features)[1:3]), tf.float32)
-        # After average pooling a gradient is a weight / num_positions, which half precision would round to nothing.
-        scaled = num_positions * tf.gather(logits, class_ids, batch_dims=1)
+        # For half precision: behind average pooling a gradient is a weight / num_positions, and would be rounded to
+        # nothing; behind max pooling it is the weight, and times num_positions it would be infinite. The root serves
+        # both.
+        scale = tf.sqrt(num_positions)
+        scaled = scale * tf.gather(logits, class_ids, batch_dims=1)
         # The graph's own gradient: it stops at the tensor asked for, whatever passes around it or stands before it. A
         # tape would follow the trainable weights up to the first layer, and see nothing where all are frozen.
         (gradients,) = tf.gradients(scaled, features, unconnected_gradients="zero")
-        weights = tf.reduce_mean(tf.cast(gradients, tf.float32), axis=(1, 2)) / num_positions
+        weights = tf.reduce_mean(tf.cast(gradients, tf.float32), axis=(1, 2)) / scale
         heat = tf.nn.relu(tf.einsum("bhwk,bk->bhw", tf.cast(features, tf.float32), weights))
         largest = tf.reduce_max(tf.abs(weights), axis=-1)
         return heat, class_ids, tf.cast(probabilities, tf.float32), largest
 
-    return lambda images, class_ids: [part.numpy() for part in explain_batch(images, class_ids)]
+    return lambda *batch: [part.numpy() for part in explain_batch(*batch)]
 
 
 def _checked_images(images, input_shape):
@@ -278,94 +315,22 @@ def _checked_class_ids(class_ids, num_images, num_classes):
     return wanted.astype(np.int32)
 
 
-# --- at the image's size ---------------------------------------------------------------------------------------------
-
-
-def upsample(heat: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """Enlarge maps (num_images, h, w) to `image_size` = (height, width), bilinearly; units are kept.
-
-    Returns:
-        float32 array, shape (num_images, height, width).
-    """
-    height, width = image_size
-    enlarged = np.empty((len(heat), height, width), np.float32)
-    for target, map_ in zip(enlarged, heat):
-        target[:] = cv2.resize(np.asarray(map_, np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-    return enlarged
-
-
-# --- the pointing game -----------------------------------------------------------------------------------------------
-
-
-def peaks(heat: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """Find where each map is highest, in pixels of an image of `image_size`.
-
-    A bilinear map is highest at the centre of its highest cell:
-
-        y = (i + 1/2) · height / h − 1/2,   x = (j + 1/2) · width / w − 1/2
-
-    so the enlarged map is not searched, whose outer rows repeat a maximum at the border out to the border itself.
-
-    Args:
-        heat: float, shape (num_images, h, w).
-        image_size: (height, width).
-
-    Returns:
-        float array (num_images, 2) of (y, x), 0 at the centre of the first pixel; NaN where a map is nowhere above 0.
-        Of equal maxima the first counts, row by row.
-
-    Example:
-        >>> peaks(np.array([[[0, 1], [0, 0]]]), (4, 4)).tolist()
-        [[0.5, 2.5]]
-    """
-    num_images, *cells = heat.shape
-    flat = heat.reshape(num_images, -1)
-    indices = np.stack(np.unravel_index(flat.argmax(axis=1), cells), axis=1)
-    found = (indices + 0.5) * np.divide(image_size, cells) - 0.5
-    found[flat.max(axis=1) <= 0] = np.nan
-    return found
-
-
-def pointing_game(heat: np.ndarray, boxes: np.ndarray, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Say of each map whether its peak falls in the box of the sign, and how often a blind guess would.
-
-    Args:
-        heat: float, shape (num_images, h, w), of the class that the box belongs to.
-        boxes: float, shape (num_images, 4): x, y, width, height in pixels of an image of `image_size`; a box covers the
-            pixels from x up to, not including, x + width. Boxes in pixels of another size are to be scaled first.
-        image_size: (height, width).
-
-    Returns:
-        hits: bool, shape (num_images,); a map nowhere above 0 misses. No margin is granted around the box.
-        chance: float, shape (num_images,): box area / image area, the share that a peak at random would hit.
-
-    Raises:
-        ValueError: shapes do not fit, or a box is missing, empty, or more than a pixel outside the image.
-
-    Example:
-        >>> heat = np.array([[[0, 1], [0, 0]]] * 2)
-        >>> hits, chance = pointing_game(heat, np.array([[2, 0, 2, 2], [0, 0, 2, 4]]), (4, 4))
-        >>> hits.tolist(), chance.tolist()
-        ([True, False], [0.25, 0.5])
-
-    Source: Zhang et al. 2016, arXiv:1608.00507.
-    """
-    boxes = np.asarray(boxes, float)
-    if boxes.shape != (len(heat), 4):
+def _checked_beside(beside, inputs, num_images):
+    """Arrays of all other inputs by name, in the model's order and dtypes."""
+    missing, extra = [name for name in inputs if name not in beside], [name for name in beside if name not in inputs]
+    if missing or extra:
         raise ValueError(
-            f"`boxes` have shape {boxes.shape}; expected ({len(heat)}, 4): x, y, width, height for each map."
+            f"`beside` lacks {missing} and has {extra}, which the model does not take; beside images it takes "
+            f"{list(inputs) or 'nothing'}."
         )
-    corners, sides = boxes[:, :2], boxes[:, 2:]
-    limits = np.array(image_size[::-1], float)
-    unfit = ~((sides > 0) & (corners >= -1) & (corners + sides <= limits + 1)).all(axis=1)
-    if unfit.any():
-        raise ValueError(
-            f"{int(unfit.sum())} of {len(boxes)} boxes are missing, empty, or outside an image of {tuple(image_size)}; "
-            "leave out images without a box, and scale boxes by `image_size` over the file's own size. "
-            f"First rows: {np.flatnonzero(unfit)[:5].tolist()}, first box: {boxes[unfit][0].tolist()}."
-        )
-    # In lengths, the centre of pixel 0 is at one half.
-    points = peaks(heat, image_size)[:, ::-1] + 0.5
-    hits = ((points >= corners) & (points < corners + sides)).all(axis=1)
-    inside = np.minimum(corners + sides, limits) - np.maximum(corners, 0)
-    return hits, inside.prod(axis=1) / limits.prod()
+    checked = {}
+    for name, tensor in inputs.items():
+        values, shape = np.asarray(beside[name]), (num_images, *tensor.shape[1:])
+        fits = values.ndim == len(shape) and all(side in (None, got) for side, got in zip(shape, values.shape))
+        if not fits or not np.can_cast(values.dtype, tensor.dtype, "same_kind"):
+            raise ValueError(
+                f"`beside[{name!r}]` is {values.dtype} of shape {values.shape}; expected {tensor.dtype} of "
+                f"shape {shape}: a row for each of {num_images} images."
+            )
+        checked[name] = values.astype(tensor.dtype)
+    return checked

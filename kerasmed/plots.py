@@ -356,3 +356,67 @@ def heat_maps(
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def cam_health(rows: Sequence[Mapping], *, title: str) -> Figure:
+    """Draw the shares of living and dead maps of each variant, and beside them how often a peak lies in its box.
+
+    The hit rate is drawn with its 95 % interval, the share that a peak at random would hit as a dashed line; this panel
+    is left out where there are no boxes.
+
+    Args:
+        rows: of `kerasmed.localisation.summary`, variants from top to bottom; those labelled "all" are drawn.
+        title: of the figure.
+
+    Raises:
+        ValueError: no row, or a variant's metric twice.
+    """
+    table = pd.DataFrame([row for row in rows if row["label"] == "all"], columns=["variant", "metric", "split", "n"])
+    found = {(row["variant"], row["metric"]): row for row in rows if row["label"] == "all"}
+    if not found or len(found) < len(table):
+        raise ValueError(
+            f"there are {len(table)} rows labelled 'all' for {len(found)} places, of the splits "
+            f"{sorted(set(table['split']))}; expected one a variant and metric: pass the rows of one split."
+        )
+    variants = table["variant"].unique().tolist()
+    places = np.arange(len(variants))
+    pointing = [found.get((name, "pointing_hit")) for name in variants]
+    figure, axes = panels(9.5 if any(pointing) else 6, 0.42 * len(variants) + 1.7, 1, 2 if any(pointing) else 1)
+    no_gradient, negative = (
+        np.array([found[name, metric]["value"] for name in variants])
+        for metric in ("dead_zero_gradient", "dead_negative")
+    )
+    axis, left = axes[0, 0], np.zeros(len(variants))
+    for colour, name, share in (
+        (COLOURS[0], "alive", 1 - no_gradient - negative),
+        (COLOURS[3], "dead: no gradient", no_gradient),
+        (COLOURS[1], "dead: all against the label", negative),
+    ):
+        axis.barh(places, 100 * share, left=left, height=0.62, color=colour, label=name)
+        for place, start, width in zip(places, left, 100 * share):
+            if width >= 8:  # percent that a figure has room in
+                axis.text(start + width / 2, place, f"{width:.0f}", ha="center", va="center", color="white", fontsize=8)
+        left += 100 * share
+    counts = table.groupby("variant")["n"].first()
+    axis.set_yticks(places, [f"{name} ({counts[name]} maps)" for name in variants], fontsize=8)
+    axis.set(title="Maps", xlabel="% of maps", xlim=(0, 100), ylim=(len(variants) - 0.4, -0.6))
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=3)
+    if any(pointing):
+        axis = axes[0, 1]
+        for place, row in zip(places, pointing):
+            if row is None:
+                continue
+            axis.plot(row["ci95"] or [row["value"]] * 2, [place] * 2, color=COLOURS[0], linewidth=2)
+            axis.plot(row["value"], place, "o", color=COLOURS[0])
+            axis.text(row["value"], place - 0.15, f"{row['value']:.3f}", ha="center", va="bottom", fontsize=7)
+            chance = [row["baseline"]["value"]] * 2
+            axis.plot(chance, [place - 0.4, place + 0.4], color=COLOURS[5], linestyle="--", linewidth=1.5)
+        axis.set_yticks([])
+        axis.set(
+            title="Peak in the box (dashed: chance)",
+            xlabel="hit rate, 95 % interval over groups; a dead map misses",
+            xlim=(-0.03, 1.03),
+            ylim=(len(variants) - 0.4, -0.6),
+        )
+    figure.suptitle(title, fontsize=11)
+    return figure

@@ -271,7 +271,7 @@ def test_build_layer_beside_the_logits_is_refused():
     logits = _dense([[1, 2]], name="logits")(layers.Flatten()(x))
     model = keras.Model(inputs, layers.Add()([layers.Softmax()(logits), aside]))
     assert "aside" not in gradcam.candidate_layers(model)
-    with pytest.raises(ValueError, match="do not depend on layer 'aside'.*maps"):
+    with pytest.raises(ValueError, match="to the logits .* leads through layer 'aside'.*maps"):
         gradcam.build(model, layer="aside")
 
 
@@ -284,7 +284,7 @@ def test_build_unfit_models_are_refused(compact):
         gradcam.build(keras.Model(inputs, layers.Dense(2, "softmax", name="logits")(pooled)))
     with pytest.raises(ValueError, match="no layer that puts out maps"):
         gradcam.build(keras.Model(inputs, layers.Dense(2, name="logits")(layers.Flatten()(inputs))))
-    with pytest.raises(ValueError, match="1 inputs and 2 outputs"):
+    with pytest.raises(ValueError, match="has 2 outputs; expected one"):
         gradcam.build(keras.Model(inputs, [layers.Dense(2, name="logits")(pooled), pooled]))
     backbone = keras.Model(compact.inputs, compact.get_layer("block3").output, name="backbone")
     outer = keras.Input((64, 64, 1), dtype="uint8")
@@ -345,68 +345,288 @@ def test_default_layer_takes_sides_of_unknown_length():
     assert gradcam.build(model)(np.zeros((2, 5, 9), np.uint8)).heat.shape == (2, 3, 7)
 
 
-# --- at the image's size ---------------------------------------------------------------------------------------------
+# --- max pooling -----------------------------------------------------------------------------------------------------
 
 
-def test_upsample_is_bilinear_between_cell_centres_and_keeps_units():
-    # Centres of two cells over four pixels are at 1/2 and 5/2; outside them the edge is repeated.
-    enlarged = gradcam.upsample(np.array([[[0, 8]], [[3, 3]]]), (2, 4))
-    np.testing.assert_array_equal(enlarged, [[[0, 2, 6, 8]] * 2, [[3] * 4] * 2])
-    assert enlarged.dtype == np.float32
+def test_build_max_pooled_head_has_the_weights_of_an_average_pooled_one():
+    # The whole gradient w_k sits at a channel's largest place, so α_k = w_k / 4 as behind average pooling, and the map
+    # shows all places alike: those of `test_build_pooled_head_gives_map_worked_by_hand_for_each_class`.
+    model = _by_hand([[2, -1, 0], [0, 3, 0]], head=layers.GlobalMaxPooling2D)
+    maps = gradcam.build(model, layer="maps")(np.repeat(PIXELS, 3, axis=0), [0, 1, 2])
+    np.testing.assert_array_equal(maps.heat, [[[2, 4], [0, 10]], [[3.5, 0], [7.5, 0]], np.zeros((2, 2))])
+    assert maps.status.tolist() == ["ok", "ok", "zero_gradient"]
+    # The largest are 20 and 10: logits 40, 10 and 0.
+    np.testing.assert_allclose(maps.probabilities[:, 1], 1 / (1 + np.exp(30)), rtol=1e-5)  # float32
 
 
-def test_upsample_no_maps_is_empty():
-    assert gradcam.upsample(np.zeros((0, 2, 2)), (4, 6)).shape == (0, 4, 6)
+def test_build_max_pooled_ties_share_the_gradient_and_keep_its_sum():
+    # Class 0, w = (-1, 2) over equal pixels: α = (-1/4, 1/2), map ReLU(-4/4 + 6/2) = 2; class 1 is against all: -x/4.
+    model = _by_hand([[-1, -1], [2, 0]], head=layers.GlobalMaxPooling2D)
+    maps = gradcam.build(model, layer="maps")(np.full((2, 2, 2), 4, np.uint8), [0, 1])
+    np.testing.assert_array_equal(maps.heat, [[[2, 2], [2, 2]], np.zeros((2, 2))])
+    assert maps.status.tolist() == ["ok", "negative"]
 
 
-# --- the pointing game -----------------------------------------------------------------------------------------------
+def test_build_max_pooled_weight_in_a_large_map_is_above_the_tolerance():
+    # One of 512² places has the gradient 1e-5: α = 3.8e-11, some 40 times the tolerance.
+    inputs = keras.Input((512, 512, 1), dtype="uint8")
+    x = layers.GlobalMaxPooling2D()(_pointwise([1], [0], name="maps")(layers.Rescaling(1)(inputs)))
+    model = keras.Model(inputs, layers.Softmax()(_dense([[1e-5, 0]], name="logits")(x)))
+    pixels = np.zeros((1, 512, 512), np.uint8)
+    pixels[0, 3, 5] = 200
+    maps = gradcam.build(model, layer="maps")(pixels, 0)
+    assert maps.status.tolist() == ["ok"] and np.argwhere(maps.heat[0]).tolist() == [[3, 5]]
+    np.testing.assert_allclose(maps.heat[0, 3, 5], 200e-5 / 512**2, rtol=1e-6)  # float32
 
 
-def test_peaks_are_at_the_centre_of_the_highest_cell():
-    # A cell of a 2×2 map covers 2×3 pixels of a 4×6 image: rows 2 and 3, columns 0 to 2 for the third cell.
-    heat = np.array([[[0, 1], [5, 0]], [[2, 0], [0, 2]], [[0, 0], [0, 0]]])
-    np.testing.assert_array_equal(gradcam.peaks(heat, (4, 6)), [[2.5, 1], [0.5, 1], [np.nan, np.nan]])
+@pytest.mark.parametrize("head", [layers.GlobalMaxPooling2D, layers.GlobalAveragePooling2D])
+def test_build_half_precision_gradients_do_not_overflow_in_large_maps(head):
+    # Times all 256² positions, the weight 8 would be 2**19, and the logit's own gradient 2**16: above 65,504.
+    inputs = keras.Input((256, 256, 1), dtype="uint8")
+    x = _pointwise([1], [0], name="maps", dtype="mixed_float16")(layers.Rescaling(1)(inputs))
+    x = _dense([[8, 0]], name="logits", dtype="mixed_float16")(head(dtype="mixed_float16")(x))
+    model = keras.Model(inputs, layers.Softmax(dtype="float32")(x))
+    pixels = np.full((1, 256, 256), 2, np.uint8)
+    pixels[0, 0, 0] = 4
+    maps = gradcam.build(model, layer="maps")(pixels, 0)
+    np.testing.assert_array_equal(maps.heat, pixels * np.float32(8 / 256**2))
 
 
-def test_peaks_are_where_the_enlarged_map_is_highest(rng):
-    # With an odd number of pixels a cell, its centre is a pixel.
-    heat = rng.random((20, 4, 5))
-    enlarged = gradcam.upsample(heat, (12, 15))
-    rows, columns = gradcam.peaks(heat, (12, 15)).astype(int).T
-    np.testing.assert_array_equal(enlarged[np.arange(20), rows, columns], enlarged.max(axis=(1, 2)))
+# --- several inputs --------------------------------------------------------------------------------------------------
 
 
-def test_pointing_game_by_hand():
-    # The peak of each 2×2 map lies in the middle of the right upper quarter of a 8×4 image: y 1.5, x 2.5.
-    heat = np.array([[[0, 1], [0, 0]]] * 4 + [[[0, 0], [0, 0]]])
-    boxes = np.array([[2, 0, 2, 4], [0, 0, 4, 2], [2, 2, 2, 6], [0, 0, 3, 2], [0, 0, 4, 8]])
-    hits, chance = gradcam.pointing_game(heat, boxes, (8, 4))
-    # The box of the second ends at y = 2, the middle of the cell: outside. So begins the third's: inside.
-    assert hits.tolist() == [True, False, True, False, False]
-    np.testing.assert_array_equal(chance, [8 / 32, 8 / 32, 12 / 32, 6 / 32, 1])
+def _mixed(features, patient, *, units, residual):
+    """Image and patient vectors weighed by a softmax of scores, the pooled features added, then yes-or-no labels."""
+    pooled = layers.GlobalMaxPooling2D(name="pool")(features)
+    known = keras.ops.where(keras.ops.isnan(patient), 0.0, patient)
+    sources = [layers.Dense(units, name="image_dense")(pooled), layers.Dense(units, name="patient_dense")(known)]
+    weights = keras.ops.softmax(layers.Dense(2, name="scores")(known), axis=-1)
+    x = sources[0] * weights[:, :1] + sources[1] * weights[:, 1:]
+    if residual:
+        x = layers.Add(name="fused")([x, layers.Dense(units, name="residual")(pooled)])
+    return x
 
 
-def test_pointing_game_chance_is_the_share_of_all_pixels_that_hit():
-    heat = np.eye(6 * 8).reshape(-1, 6, 8)
-    for box in ([0, 0, 1, 1], [2, 1, 5, 3], [0, 0, 8, 6]):
-        hits, chance = gradcam.pointing_game(heat, np.tile(box, (48, 1)), (6, 8))
-        assert hits.mean() == chance[0]
+def _fused_by_hand(*, residual):
+    """Features x and 10 - x; image vector (4 A_1, 8 A_2); scores (p, 0); labels h_1 and h_1 - h_2."""
+    inputs = [keras.Input((2, 2, 1), dtype="uint8", name="image"), keras.Input((1,), name="patient")]
+    x = _pointwise([1, -1], [0, 10], name="maps")(layers.Rescaling(1)(inputs[0]))
+    x = _dense([[1, 1], [0, -1]], name="logits")(_mixed(x, inputs[1], units=2, residual=residual))
+    model = keras.Model(inputs, layers.Activation("sigmoid", name="probabilities")(x))
+    kernels = {
+        "image_dense": [[4, 0], [0, 8]],
+        "patient_dense": [[1, 1]],
+        "scores": [[1, 0]],
+        "residual": [[2, 0], [0, 4]],
+    }
+    for name, kernel in kernels.items():
+        if residual or name != "residual":
+            model.get_layer(name).set_weights([np.array(kernel, np.float32), np.zeros(2, np.float32)])
+    return model
 
 
-def test_pointing_game_counts_only_what_lies_inside_the_image():
-    _, chance = gradcam.pointing_game(np.ones((1, 2, 2)), np.array([[-0.5, 3, 2.5, 1.5]]), (4, 4))
-    assert chance.tolist() == [2 * 1 / 16]
+def test_build_fused_model_gives_map_worked_by_hand():
+    # At p = ln 3 the image's weight is 3/4; at p = NaN, taken for 0, it is 1/2. With the residual h_1 grows with A_1 by
+    # 4 · 3/4 + 2 = 5 and h_2 with A_2 by 8 · 3/4 + 4 = 10; or by 4 and 8. Over 4 places label 0, h_1, has α = (5/4, 0)
+    # and (1, 0); label 1, h_1 - h_2, has (5/4, -10/4) and (1, -2): maps ReLU(5x/4 - 25 + 5x/2), ReLU(x - 20 + 2x).
+    explain = gradcam.build(_fused_by_hand(residual=True), layer="maps")
+    patient = np.array([[np.log(3)], [np.nan]])
+    maps = explain(np.repeat(PIXELS, 4, axis=0), [0, 0, 1, 1], beside={"patient": patient[[0, 1, 0, 1]]}, batch_size=3)
+    expected = [[[5, 10], [0, 25]], [[4, 8], [0, 20]], [[0, 5], [0, 50]], [[0, 4], [0, 40]]]
+    np.testing.assert_allclose(maps.heat, expected, rtol=1e-6)  # float32: the softmax of ln 3
+    assert maps.status.tolist() == ["ok"] * 4
+
+
+def test_build_fused_model_that_does_not_weigh_the_image_is_dead_without_the_residual():
+    # At p = -200 the image's weight is 1e-87: 0 in float32.
+    beside = {"patient": np.array([[-200.0], [0.0]])}
+    images = np.repeat(PIXELS, 2, axis=0)
+    starved = gradcam.build(_fused_by_hand(residual=False), layer="maps")(images, 0, beside=beside)
+    assert starved.status.tolist() == ["zero_gradient", "ok"] and not starved.heat[0].any()
+    kept = gradcam.build(_fused_by_hand(residual=True), layer="maps")(images, 0, beside=beside)
+    np.testing.assert_array_equal(kept.heat[0], PIXELS[0] / 2)  # α = 2/4
+    assert kept.status.tolist() == ["ok", "ok"]
+
+
+@pytest.fixture(scope="module")
+def fused():
+    """Inputs "image" and "patient" of three values; a patient's path as long as the image's, and joining late."""
+    keras.utils.set_random_seed(0)
+    image, patient = keras.Input((32, 32, 1), dtype="uint8", name="image"), keras.Input((3,), name="patient")
+    x = layers.Rescaling(1 / 255, name="preprocess")(image)
+    x = layers.Conv2D(4, 3, strides=2, padding="same", activation="relu", name="early")(x)
+    x = layers.Conv2D(6, 3, strides=2, padding="same", activation="relu", name="last")(x)
+    aside = layers.Conv2D(6, 3, padding="same", name="aside")(x)
+    x = layers.MaxPooling2D(4, name="sparse")(x)
+    x = layers.Concatenate(name="joined")([x, layers.AveragePooling2D(4, name="mean")(aside)])
+    y = patient
+    for number in range(6):
+        y = layers.Dense(3, name=f"patient_{number}")(y)
+    y = layers.Concatenate()([keras.ops.where(keras.ops.isnan(y), 1.0, y), layers.Flatten()(patient)])
+    # Maps that no image is in: no candidates.
+    y = layers.Reshape((1, 1, 6), name="patient_map")(y)
+    y = layers.Flatten()(layers.UpSampling2D(16, name="patient_large_map")(y))[:, :6]
+    x = _mixed(x, y, units=5, residual=True)
+    x = layers.Dense(4, name="logits")(layers.ReLU()(x))
+    return keras.Model([image, patient], layers.Activation("sigmoid", name="probabilities")(x))
+
+
+@pytest.fixture
+def patients(rng):
+    values = rng.normal(0, 1, (7, 3)).astype(np.float32)
+    values[1, 2] = values[4] = np.nan
+    return values
+
+
+def test_build_fused_model_equals_a_tape_through_its_second_half(fused, rng, patients):
+    images, class_ids = rng.integers(0, 256, (7, 32, 32), dtype=np.uint8), np.arange(7) % 4
+    maps = gradcam.build(fused)(images, class_ids, beside={"patient": patients}, batch_size=3)
+    features = keras.Model(fused.inputs[0], fused.get_layer("last").output)(images[..., None])
+    rest = keras.Model([fused.get_layer("last").output, fused.inputs[1]], fused.get_layer("logits").output)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        chosen = tf.reduce_sum(rest([features, tf.constant(patients)]) * tf.one_hot(class_ids, 4), axis=-1)
+    weights = tape.gradient(chosen, features).numpy().mean(axis=(1, 2))
+    expected = np.maximum((features.numpy() * weights[:, None, None]).sum(axis=-1), 0)
+    assert maps.heat.any(axis=(1, 2)).sum() >= 4
+    # float32 sums in another order
+    np.testing.assert_allclose(maps.heat, expected, rtol=1e-4, atol=1e-6 * expected.max())
+    probabilities = fused.predict([images[..., None], patients], verbose=0)
+    np.testing.assert_allclose(maps.probabilities, probabilities, rtol=1e-5)
+    np.testing.assert_array_equal(maps.class_ids, class_ids)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_build_reloaded_fused_model_has_exactly_the_same_maps(fused, rng, patients, tmp_path, by_name):
+    images, beside = rng.integers(0, 256, (7, 32, 32), dtype=np.uint8), {"patient": patients}
+    inputs = {tensor.name: tensor for tensor in reversed(fused.inputs)} if by_name else fused.inputs
+    keras.Model(inputs, fused.output).save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert gradcam.default_layer(loaded) == "last"
+    for before, after in zip(gradcam.build(fused)(images, beside=beside), gradcam.build(loaded)(images, beside=beside)):
+        np.testing.assert_array_equal(after, before)
+
+
+def test_build_fused_model_is_traced_once_and_takes_no_images(fused, patients, monkeypatch):
+    calls = []
+    monkeypatch.setattr(keras.layers.GlobalMaxPooling2D, "call", _counted(layers.GlobalMaxPooling2D.call, calls))
+    explain = gradcam.build(fused)
+    before = len(calls)
+    for count in (5, 7, 1, 0):
+        maps = explain(np.ones((count, 32, 32), np.uint8), beside={"patient": patients[:count]}, batch_size=3)
+        assert [part.shape for part in maps] == [(count, 8, 8), (count,), (count, 4), (count,)]
+    assert len(calls) == before + 1
+
+
+def _counted(call, calls):
+    def counting(self, *args):
+        calls.append(self.name)
+        return call(self, *args)
+
+    return counting
+
+
+def test_build_input_without_a_name_keeps_the_name_of_its_layer(tmp_path):
+    inputs = [keras.Input((2, 2, 1), dtype="uint8"), keras.Input((2,), dtype="int32")]
+    x = layers.Conv2D(1, 1, kernel_initializer="ones", name="maps")(layers.Rescaling(1)(inputs[0]))
+    x = layers.Concatenate()([layers.Flatten()(x), layers.Rescaling(1)(inputs[1])])
+    model = keras.Model(inputs, layers.Softmax()(layers.Dense(2, kernel_initializer="ones", name="logits")(x)))
+    names = [layer.name for layer in model.layers if isinstance(layer, layers.InputLayer)]
+    (name,) = [name for name in names if model.get_layer(name).output is inputs[1]]
+    model.save(tmp_path / "m.keras")
+    for one in (model, keras.saving.load_model(tmp_path / "m.keras")):
+        maps = gradcam.build(one, layer="maps")(PIXELS, 0, beside={name: [[1, 2]]})
+        np.testing.assert_array_equal(maps.heat, PIXELS)  # α = 1
+        with pytest.raises(ValueError, match="float64 of shape .*; expected int32"):
+            gradcam.build(one, layer="maps")(PIXELS, 0, beside={name: [[1.5, 2]]})
+
+
+def test_build_fused_model_with_unknown_values_that_reach_the_answer_is_refused():
+    inputs = [keras.Input((2, 2, 1), dtype="uint8"), keras.Input((1,), name="patient")]
+    x = layers.GlobalMaxPooling2D()(_pointwise([1], [0], name="maps")(layers.Rescaling(1)(inputs[0])))
+    x = _dense([[1, 0], [1, 0]], name="logits")(layers.Concatenate()([x, inputs[1]]))
+    explain = gradcam.build(keras.Model(inputs, layers.Activation("sigmoid")(x)), layer="maps")
+    # The map is finite here: the features' weight does not depend on the patient.
+    with pytest.raises(FloatingPointError, match=r"1 of 2 images are not finite.*NaN in `beside`.*\[1\]"):
+        explain(np.repeat(PIXELS, 2, axis=0), 0, beside={"patient": [[1.0], [np.nan]]})
 
 
 @pytest.mark.parametrize(
-    ("boxes", "message"),
+    ("beside", "message"),
     [
-        ([[0, 0, 2, 2]], r"shape \(1, 4\); expected \(2, 4\)"),
-        ([[0, 0, 2, 2], [np.nan] * 4], r"1 of 2 boxes are missing.*First rows: \[1\]"),
-        ([[0, 0, 2, 0], [0, 0, 2, 2]], "1 of 2 boxes are missing, empty"),
-        ([[0, 0, 2, 2], [40, 30, 20, 20]], r"outside an image of \(4, 4\).*scale boxes"),
+        (None, r"lacks \['patient'\] and has \[\]"),
+        ({"patients": np.zeros((2, 3))}, r"lacks \['patient'\] and has \['patients'\], .* it takes \['patient'\]"),
+        ({"patient": np.zeros((2, 3)), "image": 0}, r"lacks \[\] and has \['image'\]"),
+        ({"patient": np.zeros((1, 3))}, r"float64 of shape \(1, 3\); expected float32 of shape \(2, 3\)"),
+        ({"patient": np.zeros((2, 4))}, r"shape \(2, 4\)"),
+        ({"patient": np.zeros(2)}, r"shape \(2,\)"),
+        ({"patient": np.array([["a"] * 3] * 2)}, "<U1 of shape"),
+        ({"patient": np.array([[None, 1, 2]] * 2)}, "object of shape"),
     ],
 )
-def test_pointing_game_unfit_boxes_are_refused(boxes, message):
+def test_build_unfit_other_inputs_are_refused(fused, beside, message):
     with pytest.raises(ValueError, match=message):
-        gradcam.pointing_game(np.ones((2, 2, 2)), np.array(boxes, float), (4, 4))
+        gradcam.build(fused)(np.zeros((2, 32, 32), np.uint8), beside=beside)
+
+
+def test_build_other_inputs_of_a_model_without_any_are_refused(explain, images):
+    with pytest.raises(ValueError, match=r"has \['patient'\].* beside images it takes nothing"):
+        explain(images, beside={"patient": np.zeros((7, 3))})
+
+
+def test_build_no_and_two_image_inputs_are_refused():
+    vector, one = keras.Input((4,), name="vector"), keras.Input((8, 8, 1), dtype="uint8", name="one")
+    two = keras.Input((8, 8, 1), dtype="uint8", name="two")
+    model = keras.Model(vector, layers.Dense(2, name="logits")(vector))
+    with pytest.raises(ValueError, match=r"0 inputs of images among its inputs vector \(None, 4\); expected one"):
+        gradcam.build(model)
+    x = layers.Flatten()(layers.Concatenate()([layers.Conv2D(2, 3)(one), layers.Conv2D(2, 3)(two)]))
+    for refused in (gradcam.build, gradcam.default_layer, gradcam.candidate_layers):
+        with pytest.raises(ValueError, match=r"2 inputs of images among its inputs one .*, two "):
+            refused(keras.Model([one, two], layers.Dense(2, name="logits")(x)))
+
+
+def test_build_layer_that_no_image_reaches_is_refused(fused):
+    candidates = gradcam.candidate_layers(fused)
+    assert candidates[:3] == ["preprocess", "early", "last"] and candidates[-1] == "joined"
+    assert set(candidates[3:-1]) == {"aside", "sparse", "mean"}
+    for name in ("patient_map", "patient_large_map"):
+        with pytest.raises(ValueError, match=rf"no path from the images .* leads through layer '{name}'.*joined"):
+            gradcam.build(fused, layer=name)
+    with pytest.raises(ValueError, match="'patient' puts out"):
+        gradcam.build(fused, layer="patient")
+
+
+def test_default_layer_of_a_fused_model_is_the_last_fine_map_before_the_pooling(fused):
+    # Behind the pooling the image has two ways to the logits, and the patient's long way ends at the sum of both; no
+    # map is off the trunk for it, but "aside" is, which the image passes around.
+    assert gradcam.default_layer(fused) == "last"
+    maps = gradcam.build(fused)(np.zeros((1, 32, 32), np.uint8), beside={"patient": np.zeros((1, 3))})
+    assert maps.heat.shape == (1, 8, 8)
+
+
+def test_default_layer_where_patient_data_scale_the_maps_is_the_scaled_map():
+    image, patient = keras.Input((16, 16, 1), dtype="uint8"), keras.Input((3,), name="patient")
+    x = layers.Conv2D(2, 3, padding="same", strides=2, name="maps")(layers.Rescaling(1)(image))
+    x = layers.Multiply(name="scaled")([x, layers.Reshape((1, 1, 2), name="scales")(layers.Dense(2)(patient))])
+    model = keras.Model([patient, image], layers.Dense(2, name="logits")(layers.GlobalMaxPooling2D()(x)))
+    assert gradcam.candidate_layers(model)[1:] == ["maps", "scaled"] and gradcam.default_layer(model) == "scaled"
+
+
+def test_build_takes_inputs_in_any_order_by_name():
+    # h = image mean · scale + shift.
+    named = {"scale": keras.Input((1,), name="scale"), "shift": keras.Input((1,), name="shift")}
+    image = keras.Input((16, 16, 1), dtype="uint8", name="image")
+    x = layers.AveragePooling2D(2)(layers.Rescaling(1)(image))
+    x = _pointwise([1], [0], name="maps")(x)
+    x = layers.Conv2D(1, 4, strides=4, kernel_initializer=keras.initializers.Constant(1 / 16), name="coarse")(x)
+    x = _dense([[1, -1]], name="logits")(layers.GlobalAveragePooling2D()(x) * named["scale"] + named["shift"])
+    model = keras.Model([named["shift"], image, named["scale"]], layers.Softmax()(x))
+    assert gradcam.default_layer(model) == "maps"
+    explain = gradcam.build(model)
+    beside = {"scale": np.array([[2.0], [3.0]]), "shift": np.array([[-5.0], [0.0]])}
+    maps = explain(np.full((2, 16, 16), 4, np.uint8), 0, beside=beside)
+    for map_, scale in zip(maps.heat, (2, 3)):
+        np.testing.assert_allclose(map_, np.full((8, 8), 4 * scale / 64), rtol=1e-6)  # α = scale / 64
+    # Logits ±3 and ±12.
+    np.testing.assert_allclose(maps.probabilities[:, 0], 1 / (1 + np.exp([-6, -24])), rtol=1e-6)

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kerasmed import metrics, models, plots, splits
+from kerasmed import localisation, metrics, models, plots, splits
 
 
 @pytest.fixture
@@ -159,3 +159,45 @@ def test_grey_levels_draw_a_line_a_class_in_percent():
     assert [line.get_label() for line in lines] == list("abcdefgh")
     np.testing.assert_allclose(lines[0].get_ydata().sum(), 100)  # 256 equal terms
     assert figure.axes[0].get_xlabel() == "grey level"
+
+
+@pytest.fixture
+def cam_rows():
+    """Four maps of each of two variants: of "a" one is dead of each kind and both others hit, all of "b" are dead."""
+
+    def rows(variant, status, split="test"):
+        heat = np.array([[[3, 0], [0, 0]] if one == "ok" else np.zeros((2, 2)) for one in status])
+        table = localisation.table(heat, status, list("xxyy"), np.array([[0, 0, 2, 2]] * 4), (4, 4))
+        return localisation.summary(table, list("pqrs"), task="t", variant=variant, split=split, num_draws=20)
+
+    return [*rows("b", ["zero_gradient"] * 4), *rows("a", ["ok", "zero_gradient", "negative", "ok"])], rows
+
+
+def test_cam_health_stacks_shares_to_a_hundred_and_marks_chance(cam_rows):
+    rows, _ = cam_rows
+    figure = plots.cam_health(rows, title="T")
+    maps, pointing = figure.axes
+    assert figure.get_suptitle() == "T" and maps.get_xlabel() == "% of maps" and "hit rate" in pointing.get_xlabel()
+    assert [tick.get_text() for tick in maps.get_yticklabels()] == ["b (4 maps)", "a (4 maps)"]
+    assert [[bar.get_width() for bar in bars] for bars in maps.containers] == [[0, 50], [100, 25], [0, 25]]
+    assert [[bar.get_x() for bar in bars] for bars in maps.containers] == [[0, 0], [0, 50], [100, 75]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()][0] == "alive"
+    assert [text.get_text() for text in pointing.texts] == ["0.000", "0.500"]
+    # Of each variant the interval, the value, and the chance: a quarter of the image.
+    lines = [np.asarray(line.get_xdata()).tolist() for line in pointing.get_lines()]
+    assert lines[:3] == [[0, 0], [0], [0.25, 0.25]] and lines[4:] == [[0.5], [0.25, 0.25]]
+    assert lines[3] == next(row["ci95"] for row in rows if row["variant"] == "a" and row["metric"] == "pointing_hit")
+
+
+def test_cam_health_without_boxes_is_one_panel(cam_rows):
+    rows, _ = cam_rows
+    figure = plots.cam_health([row for row in rows if row["metric"].startswith("dead")], title="T")
+    assert [axis.get_title() for axis in figure.axes] == ["Maps"]
+
+
+def test_cam_health_of_several_splits_or_no_rows_is_refused(cam_rows):
+    rows, make = cam_rows
+    with pytest.raises(ValueError, match=r"18 rows labelled 'all' for 12 places, of the splits \['other', 'test'\]"):
+        plots.cam_health([*rows, *make("a", ["ok"] * 4, split="other")], title="T")
+    with pytest.raises(ValueError, match="0 rows labelled 'all'"):
+        plots.cam_health([], title="T")

@@ -26,6 +26,7 @@ from kerasmed import (
     gradcam,
     images,
     layers,
+    localisation,
     losses,
     models,
     pipelines,
@@ -437,7 +438,7 @@ def pointing_game(
     asked = asked[np.isfinite(boxes[asked]).all(axis=1)]
     maps = explain(store.images[asked])
     right = maps.class_ids == class_ids(store.manifest, CLASS_NAMES[task])[asked]
-    hits, chance = gradcam.pointing_game(maps.heat[right], boxes[asked[right]], store.images.shape[1:])
+    hits, chance = localisation.pointing_game(maps.heat[right], boxes[asked[right]], store.images.shape[1:])
     paths = store.manifest["image_path"].to_numpy()[asked[right]]
     return pd.DataFrame({"image_path": paths, "hit": hits, "chance": chance})
 

@@ -228,37 +228,54 @@ def model_diagram(model, *, title: str, columns: int = 6) -> Figure:
     """Draw a model block by block: layers whose names share the part before the first "_" are one box.
 
     A box gives the block's name, its layer types, the shape that it puts out and its number of weights. Layers that
-    Keras named by itself ("conv2d_17") belong to the next one that has a name of its own.
+    Keras named by itself ("conv2d_17") belong to the next one that has a name of its own; "patient_dense" does not
+    belong to an input "patient". An arrow leads from the box before; where a block takes something else, the box says
+    from which blocks.
     """
+    inputs = {tensor.name for tensor in model.inputs}
     blocks: dict[str, list] = {}
     unnamed = []
     for layer in model.layers:
         given_by_keras = re.sub("(?<=[a-z])(?=[A-Z])", "_", type(layer).__name__).lower()
         unnamed.append(layer)
         if not re.fullmatch(rf"{given_by_keras}(_\d+)?", layer.name) or layer is model.layers[-1]:
-            blocks.setdefault(layer.name.split("_")[0], []).extend(unnamed)
+            first = layer.name.split("_")[0]
+            name = layer.name.replace("_", " ") if first in inputs else first
+            blocks.setdefault(name, []).extend(unnamed)
             unnamed = []
     rows = -(-len(blocks) // columns)
     figure, axes = panels(11, 1.9 * rows + 0.5)
     axis = axes[0, 0]
+    made = {id(tensor): name for name, members in blocks.items() for each in members for tensor in _listed(each.output)}
+    before = None
     for position, (name, members) in enumerate(blocks.items()):
         kinds = "\n".join(dict.fromkeys(type(layer).__name__.removesuffix("2D") for layer in members))
-        shape = "×".join(str(side) for side in members[-1].output.shape[1:])
+        shape = "×".join(str(side) for side in _listed(members[-1].output)[0].shape[1:])
         weights = sum(layer.count_params() for layer in members)
+        taken = [made.get(id(tensor), name) for each in members for tensor in _listed(each.input)]
+        taken = [source for source in dict.fromkeys(taken) if source != name]
         x, y = position % columns * 1.2, -(position // columns) * 1.15
         axis.add_patch(
             FancyBboxPatch((x, y), 1, 1, boxstyle="round,pad=0.02", facecolor="#e8eef5", edgecolor=COLOURS[0])
         )
         axis.text(x + 0.5, y + 0.88, name, ha="center", va="center", fontsize=10, weight="bold")
-        axis.text(x + 0.5, y + 0.52, kinds, ha="center", va="center", fontsize=8)
+        axis.text(x + 0.5, y + 0.56, kinds, ha="center", va="center", fontsize=8)
         axis.text(x + 0.5, y + 0.04, f"{shape}\n{weights:,} weights", ha="center", va="bottom", fontsize=8)
-        if position % columns:
+        if taken not in ([], [before]):
+            from_text = f"from {' and '.join(taken)}"
+            axis.text(x + 0.5, y + 0.75, from_text, ha="center", va="center", fontsize=7, style="italic")
+        if position % columns and before in taken:
             arrow = {"arrowstyle": "->", "color": "grey"}
             axis.annotate("", (x - 0.02, y + 0.5), (x - 0.18, y + 0.5), arrowprops=arrow)
+        before = name
     axis.set(xlim=(-0.1, min(columns, len(blocks)) * 1.2), ylim=(-1.15 * (rows - 1) - 0.1, 1.1))
     axis.set_axis_off()
     figure.suptitle(f"{title}: {model.count_params():,} weights, read from left to right", fontsize=11)
     return figure
+
+
+def _listed(tensors) -> list:
+    return list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
 
 
 def image_sizes(sizes: Mapping[str, pd.DataFrame], *, title: str) -> Figure:

@@ -108,6 +108,20 @@ def test_model_diagram_puts_layers_named_by_keras_into_the_next_named_block():
     assert names[:3] == ["image", "mixed0", "mixed1"] and len(names) == 4  # a last layer without a name stays its own
 
 
+def test_model_diagram_of_several_inputs_says_where_a_block_takes_what_from():
+    image, patient = keras.Input((8, 8, 1), name="image"), keras.Input((3,), name="patient")
+    pooled = keras.layers.GlobalMaxPooling2D(name="pool")(image)
+    both = [keras.layers.Dense(4, name="image_dense")(pooled), keras.layers.Dense(4, name="patient_dense")(patient)]
+    outputs = keras.layers.Add(name="fused")(both)
+    texts = plots.model_diagram(keras.Model([image, patient], outputs), title="net").axes[0].texts
+    names = [text.get_text() for text in texts if text.get_weight() == "bold"]
+    assert set(names) == {"image", "patient", "pool", "image dense", "patient dense", "fused"}
+    said = {text.get_text() for text in texts if text.get_text().startswith("from")}
+    assert "from image dense and patient dense" in said
+    # The pool stands behind the other input or before it; then either it or "patient dense" says what it takes.
+    assert said & {"from image", "from patient"}
+
+
 def test_heat_maps_overlay_shares_of_each_maximum_and_outline_boxes(rng):
     images = rng.integers(0, 256, (3, 8, 8), dtype=np.uint8)
     heat = rng.random((3, 8, 8)) * np.array([2, 1e-6, 0])[:, None, None]

@@ -96,7 +96,9 @@ def locate(system: str, parameters: Mapping, *, data_root=None) -> Source:
     options = {
         name.removeprefix("synthetic_"): value for name, value in parameters.items() if name.startswith("synthetic_")
     }
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:10]
+    # What another version of the package has written is another set.
+    writer = Path(__file__).parent / "synthetic" / f"{system}.py"
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode() + writer.read_bytes()).hexdigest()[:10]
     target = paths.cache_root() / "synthetic" / f"{system}-{digest}"
     write_synthetic(system, target, **options)
     return Source(target, "synthetic")

@@ -252,22 +252,22 @@ def set_trainable(model: keras.Model, name: str, part: str) -> None:
     statistics learnt from a million images. "all" frees everything.
 
     Args:
-        model: from `build`, or a classifier made of it.
-        name: one of `NAMES`.
+        model: from `build`, or a classifier made of it; "head" and "all" take any whose graph has a layer `pool`.
+        name: one of `NAMES`; only "last_stage" looks at it.
         part: "head", "last_stage" or "all".
 
     Raises:
-        ValueError: unknown part or name, or the model holds no such backbone.
+        ValueError: unknown part, no `pool`; for "last_stage", unknown name, or the model holds no such backbone.
     """
     if part not in PARTS:
         raise ValueError(f"`part` is {part!r}; expected one of {', '.join(PARTS)}.")
-    before = _backbone(name).before_last_stage
     layers = _up_to_pool(model)
     names = [layer.name for layer in layers]
-    if "pool" not in names or before not in names:
-        raise ValueError(f"the model has no layer {before!r} before `pool`, so it holds no {name} of `build`.")
+    before = _backbone(name).before_last_stage if part == "last_stage" else "pool"
+    if missing := sorted({before, "pool"} - set(names)):
+        raise ValueError(f"the model has no layer {missing[0]!r}; {part!r} of {name} needs a graph as of `build`.")
     model.trainable = True
-    first_free = {"head": len(names), "last_stage": names.index(before) + 1, "all": 0}[part]
+    first_free = 0 if part == "all" else names.index(before) + 1
     for index, layer in enumerate(layers):
         keeps_statistics = part != "all" and isinstance(layer, keras.layers.BatchNormalization)
         layer.trainable = index >= first_free and not keeps_statistics

@@ -1,8 +1,8 @@
 """Weighted losses and a metric of labels, from logits, on any Keras backend.
 
-Yes-or-no labels need no loss of their own: `keras.losses.BinaryCrossentropy(from_logits=True)` is theirs. Nor do they
-need an accuracy: `keras.metrics.BinaryAccuracy(threshold=0.0)` takes a logit above 0, a probability above one half, as
-present.
+Yes-or-no labels that are all known and weigh alike need no loss of their own:
+`keras.losses.BinaryCrossentropy(from_logits=True)` is theirs. Nor do they need an accuracy:
+`keras.metrics.BinaryAccuracy(threshold=0.0)` takes a logit above 0, a probability above one half, as present.
 """
 
 import keras
@@ -83,6 +83,145 @@ class WeightedCategoricalCrossentropy(keras.losses.Loss):
 
     def get_config(self):
         return {**super().get_config(), "class_weights": self.class_weights, "focusing": self.focusing}
+
+
+def label_shares(y_train) -> tuple[np.ndarray, np.ndarray]:
+    """Share of present and of absent among the known entries of each yes-or-no label.
+
+    To let both kinds of a label contribute equally, weigh each by the other's share:
+    `WeightedBinaryCrossentropy(positive_weights=negative_share, negative_weights=positive_share)`.
+
+    Args:
+        y_train: array or table, shape (num_images, num_labels): the *training* split's labels, 1 present, 0 absent, NaN
+            unknown.
+
+    Returns:
+        positive_share and negative_share, float arrays, shape (num_labels,), which sum to 1. Where one is 0, the
+        training rows have nothing to tell the label by, and as weights they keep it from being learnt.
+
+    Raises:
+        ValueError: not two-dimensional, other values, or a label without a known entry.
+
+    Example:
+        >>> positive, negative = label_shares(np.array([[1, 0], [0, 1], [0, np.nan], [0, 1]]))
+        >>> positive.round(2).tolist(), negative.round(2).tolist()
+        ([0.25, 0.67], [0.75, 0.33])
+    """
+    y_train = np.asarray(y_train, dtype="float64")
+    if y_train.ndim != 2:
+        raise ValueError(f"`y_train` has shape {y_train.shape}; expected (num_images, num_labels).")
+    strange = y_train[~(np.isnan(y_train) | (y_train == 0) | (y_train == 1))]
+    if strange.size:
+        raise ValueError(f"`y_train` holds {strange[:5].tolist()}; expected 1 present, 0 absent or NaN unknown.")
+    present, absent = (y_train == 1).sum(axis=0), (y_train == 0).sum(axis=0)
+    unknown = np.flatnonzero(present + absent == 0)
+    if len(unknown):
+        raise ValueError(
+            f"labels at positions {unknown.tolist()} are unknown in all {len(y_train)} training rows and have no "
+            "shares; leave them out, or add rows where they are known."
+        )
+    return present / (present + absent), absent / (present + absent)
+
+
+@keras.saving.register_keras_serializable(package="kerasmed")
+class WeightedBinaryCrossentropy(keras.losses.Loss):
+    """Cross-entropy of yes-or-no labels, some of them unknown, weighted per label, optionally focused on hard entries.
+
+        loss = Σ_l mean_{known i} [ − w⁺_l · y · (1 − p)^γ · log p − w⁻_l · (1 − y) · p^γ · log(1 − p) ],
+        p = sigmoid(logit)
+
+    The mean of a label runs over its known entries in the batch; one without any adds 0. An unknown entry, NaN, adds
+    neither value nor gradient, whatever its logit. With w⁺ the share of absent and w⁻ the share of present entries in
+    training (`label_shares`), the present and the absent entries of a label weigh alike in total, however rare it is.
+    γ = 0 is the weighted cross-entropy, γ > 0 the focal loss, which turns down entries that are already right.
+
+    `call` returns, for sample i of a batch of B, B · Σ_l term_il / known_l, whose mean over the batch is the loss. Over
+    several batches Keras averages the batches' losses: with unknown entries that is not the loss of all rows at once.
+
+    Args:
+        positive_weights: w⁺, one per label; None for all 1.
+        negative_weights: w⁻, one per label; None for all 1.
+        focusing: γ, at least 0.
+        name: of the loss.
+
+    Call with y_true (batch, num_labels) of 1, 0 and NaN (unknown), and logits of the same shape; at least float32
+    within.
+
+    Raises:
+        ValueError: negative focusing, weights that are negative, not finite or of another number of labels, or
+            y_true and logits of unlike shapes.
+
+    Source: with shares of the training split, Rajpurkar et al. 2017 (CheXNet), arXiv:1711.05225, section 2.1, for one
+    label; here the sum over labels. Wang et al. 2017, arXiv:1705.02315, take the weights from each batch, one pair for
+    all labels. Focusing: Lin et al. 2017, arXiv:1708.02002, equation 5.
+    """
+
+    def __init__(
+        self,
+        positive_weights=None,
+        negative_weights=None,
+        focusing: float = 0.0,
+        name: str = "weighted_binary_crossentropy",
+        **kwargs,
+    ):
+        super().__init__(name=name, **kwargs)
+        if focusing < 0:
+            raise ValueError(f"`focusing` is {focusing}; expected at least 0 (0 is plain cross-entropy, 2 is usual).")
+        self.focusing = float(focusing)
+        self.positive_weights = _label_weights("positive_weights", positive_weights)
+        self.negative_weights = _label_weights("negative_weights", negative_weights)
+
+    def call(self, y_true, y_pred):
+        y_true, logits = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
+        # Unlike ranks would broadcast to all pairs of samples.
+        if len(y_true.shape) != 2 or len(logits.shape) != 2 or y_true.shape[1] != logits.shape[1]:
+            raise ValueError(
+                f"labels of shape {tuple(y_true.shape)} and logits of shape {tuple(logits.shape)}; expected (batch, "
+                "num_labels) of both."
+            )
+        if keras.backend.standardize_dtype(logits.dtype) != "float64":
+            logits = ops.cast(logits, "float32")
+        y_true = ops.cast(y_true, logits.dtype)
+        known = ops.logical_not(ops.isnan(y_true))
+        # Before the arithmetic: what comes after is multiplied by 0, which takes no NaN away.
+        y_true, logits = (ops.where(known, tensor, ops.zeros_like(tensor)) for tensor in (y_true, logits))
+        log_present, log_absent = ops.log_sigmoid(logits), ops.log_sigmoid(-logits)
+        present, absent = -y_true * log_present, -(1 - y_true) * log_absent
+        if self.focusing:
+            # As the exponential of a logarithm, a power has a finite gradient at 0.
+            present = present * ops.exp(self.focusing * log_absent)
+            absent = absent * ops.exp(self.focusing * log_present)
+        terms = self._weighted(present, self.positive_weights) + self._weighted(absent, self.negative_weights)
+        terms = ops.where(known, terms, ops.zeros_like(terms))
+        num_known = ops.maximum(ops.sum(ops.cast(known, terms.dtype), axis=0), 1)
+        return ops.cast(ops.shape(terms)[0], terms.dtype) * ops.sum(terms / num_known, axis=-1)
+
+    def _weighted(self, terms, weights):
+        if weights is None:
+            return terms
+        if len(weights) != terms.shape[1]:
+            raise ValueError(
+                f"{self.name} has {len(weights)} weights for {terms.shape[1]} labels; expected one per label, in order."
+            )
+        return terms * ops.convert_to_tensor(weights, dtype=terms.dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "positive_weights": self.positive_weights,
+            "negative_weights": self.negative_weights,
+            "focusing": self.focusing,
+        }
+
+
+def _label_weights(name, weights):
+    """Return weights as plain floats, or None."""
+    if weights is None:
+        return None
+    weights = [float(weight) for weight in weights]
+    if not all(0 <= weight < np.inf for weight in weights):
+        raise ValueError(f"`{name}` are {weights}; expected finite numbers, none below 0.")
+    return weights
 
 
 @keras.saving.register_keras_serializable(package="kerasmed")

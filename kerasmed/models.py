@@ -78,6 +78,28 @@ def label_head(features, num_labels: int, *, loss: str = "binary"):
     return layers.Activation("sigmoid", dtype="float32", name="probabilities")(logits)
 
 
+def two_layer_head(features, num_labels: int, *, units: int = 256, dropout: float = 0.5):
+    """Append the head of yes-or-no labels that has two hidden layers: `head_dense1`, dropout, `head_dense2`, "logits".
+
+    Args:
+        features: tensor, shape (batch, num_features).
+        num_labels: number of labels, at least 1.
+        units: width of both hidden layers, which are `Dense(units, relu)`.
+        dropout: share of the first one's outputs dropped while training, in [0, 1).
+
+    Returns:
+        Tensor of probabilities that the label is present, float32, shape (batch, num_labels), not summing to 1.
+
+    Raises:
+        ValueError: no labels.
+    """
+    x = layers.Dense(units, activation="relu", name="head_dense1")(features)
+    if dropout:
+        x = layers.Dropout(dropout, name="head_dropout")(x)
+    x = layers.Dense(units, activation="relu", name="head_dense2")(x)
+    return classification_head(x, num_labels, activation="sigmoid")
+
+
 def _conv_bn(x, filters, name, *, kernel_size=3, strides=1, relu=True):
     x = layers.Conv2D(
         filters,
@@ -193,3 +215,31 @@ def classifier(
     """
     outputs = classification_head(features.output, num_classes, dropout=dropout, activation=activation)
     return keras.Model(features.inputs, outputs, name=features.name)
+
+
+def max_pooled(model: keras.Model) -> keras.Model:
+    """Take the feature extractor out of a trained classifier, with the largest value of each map in place of the mean.
+
+    A small finding fills few positions of the last map: the mean dilutes it, the maximum keeps it.
+
+    Args:
+        model: with one input and, in its graph, a `GlobalAveragePooling2D` named "pool"; what follows is left out.
+
+    Returns:
+        Uncompiled model that shares the classifier's layers and weights, images -> (batch, num_features); its
+        `GlobalMaxPooling2D` is named "pool".
+
+    Raises:
+        ValueError: no such layer, or several inputs.
+    """
+    pool = {layer.name: layer for layer in model.layers}.get("pool")
+    if not isinstance(pool, layers.GlobalAveragePooling2D):
+        found = "no layer" if pool is None else f"a {type(pool).__name__}"
+        raise ValueError(
+            f"the model {model.name!r} has {found} named 'pool' in its graph; expected a GlobalAveragePooling2D, as "
+            "`kerasmed.backbones.build` and `compact_cnn` make it."
+        )
+    if len(model.inputs) != 1:
+        raise ValueError(f"the model {model.name!r} has {len(model.inputs)} inputs; expected one, the image.")
+    largest = layers.GlobalMaxPooling2D(data_format=pool.data_format, dtype=pool.dtype_policy, name="pool")
+    return keras.Model(model.inputs[0], largest(pool.input), name=model.name)

@@ -14,7 +14,7 @@ import pytest
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.utils import file_utils
 
-from kerasmed import backbones
+from kerasmed import backbones, fusion, models
 from kerasmed.backbones import BACKBONES, NAMES
 
 MODULES = {
@@ -402,13 +402,45 @@ def test_set_trainable_of_a_frozen_model_trains_its_head(mobile):
     assert {weight.path.split("/")[0] for weight in classifier.trainable_weights} == {"head_bn", "logits"}
 
 
+@pytest.mark.parametrize("name", ["compact_cnn", "MobileNetV2"])
+def test_set_trainable_head_and_all_of_another_network_go_by_its_pool_alone(name):
+    model = models.compact_cnn((32, 32), 2, filters=(8, 16))
+    backbones.set_trainable(model, name, "head")
+    assert {weight.path.split("/")[0] for weight in model.trainable_weights} == {"logits"}
+    backbones.set_trainable(model, name, "all")
+    everything = keras.models.clone_model(model)
+    assert len(model.trainable_weights) == len(everything.trainable_weights) > 2
+    with pytest.raises(ValueError, match="unknown backbone 'compact_cnn'|no layer 'block_12_add'"):
+        backbones.set_trainable(model, name, "last_stage")
+
+
+def test_set_trainable_of_a_fused_model_trains_the_patients_layers_with_the_head(mobile):
+    fused = fusion.fused_classifier(mobile, 2, means=[0.0], scales=[1.0], residual=True, units=8)
+    of_backbone = {layer.name for layer in mobile.layers}
+    head = {"image_dense", "patient_dense", "sauce", "image_residual", "head_dense1", "head_dense2", "logits"}
+
+    def training():
+        return {layer.name for layer in fused.layers if layer.trainable_weights}
+
+    backbones.set_trainable(fused, "MobileNetV2", "head")
+    assert training() == head and not any(fused.get_layer(name).trainable for name in of_backbone)
+    backbones.set_trainable(fused, "MobileNetV2", "last_stage")
+    assert len(training() - head) == 13 and {"block_13_expand", "Conv_1"} < training()
+    backbones.set_trainable(fused, "MobileNetV2", "all")
+    assert training() == head | {layer.name for layer in mobile.layers if layer.weights}
+
+
 def test_set_trainable_unfit_arguments_are_refused(mobile):
     with pytest.raises(ValueError, match="`part` is 'body'; expected one of head, last_stage, all"):
         backbones.set_trainable(mobile, "MobileNetV2", "body")
-    with pytest.raises(ValueError, match="no layer 'pool4_pool'.*no DenseNet121"):
-        backbones.set_trainable(mobile, "DenseNet121", "head")
+    with pytest.raises(ValueError, match="no layer 'pool4_pool'.*'last_stage' of DenseNet121"):
+        backbones.set_trainable(mobile, "DenseNet121", "last_stage")
     with pytest.raises(ValueError, match="unknown backbone 'mobile'"):
-        backbones.set_trainable(mobile, "mobile", "head")
+        backbones.set_trainable(mobile, "mobile", "last_stage")
+    inputs = keras.Input((4,))
+    for part in backbones.PARTS:
+        with pytest.raises(ValueError, match="no layer '(pool|block_12_add)'"):
+            backbones.set_trainable(keras.Model(inputs, keras.layers.Dense(2)(inputs)), "MobileNetV2", part)
 
 
 # --- download --------------------------------------------------------------------------------------------------------

@@ -63,6 +63,189 @@ def test_balanced_class_weights_empty_class_is_refused():
         losses.balanced_class_weights(np.array([0, 2]), 3)
 
 
+# --- yes-or-no labels ------------------------------------------------------------------------------------------------
+
+
+def _binary(y_true, logits, **options):
+    return float(losses.WeightedBinaryCrossentropy(**options)(np.float32(y_true), np.float32(logits)))
+
+
+# p = 0.5 for 0, 0.75 for ln 3
+HAND_LOGITS = [[0, np.log(3)], [np.log(3), -5]]
+HAND_Y = [[1, 0], [0, np.nan]]
+HAND_WEIGHTS = {"positive_weights": [0.75, 1], "negative_weights": [0.25, 2]}
+
+
+def test_label_loss_by_hand():
+    # First label: (0.75 · ln 2 + 0.25 · ln 4) / 2 = 0.625 ln 2. Second, of which one entry is known: 2 · ln 4 = 4 ln 2.
+    assert _binary(HAND_Y, HAND_LOGITS, **HAND_WEIGHTS) == pytest.approx(4.625 * np.log(2), rel=1e-6)
+    # (1 − p)² = 1/4 of the first, p² = 9/16 of the others: (0.1875 + 0.28125) / 2 + 2.25 = 2.484375
+    assert _binary(HAND_Y, HAND_LOGITS, **HAND_WEIGHTS, focusing=2) == pytest.approx(2.484375 * np.log(2), rel=1e-6)
+
+
+def test_label_loss_of_each_sample_by_hand():
+    # First label: 0.375 ln 2 and 0.25 ln 2; second: 4 ln 2, all of the first sample. Times the batch of two.
+    loss = losses.WeightedBinaryCrossentropy(**HAND_WEIGHTS, reduction=None)
+    values = loss(np.float32(HAND_Y), np.float32(HAND_LOGITS)).numpy()
+    np.testing.assert_allclose(values, np.log(2) * np.array([8.75, 0.5]), rtol=1e-6)
+
+
+def test_label_loss_equals_the_sum_of_keras_losses_without_weights(rng):
+    logits, y = rng.normal(0, 3, (16, 4)), rng.integers(0, 2, (16, 4))
+    expected = 4 * float(keras.losses.BinaryCrossentropy(from_logits=True)(y, logits))
+    assert _binary(y, logits) == pytest.approx(expected, rel=1e-5)  # float32
+    one = float(keras.losses.BinaryFocalCrossentropy(from_logits=True, gamma=2)(y, logits))
+    assert _binary(y, logits, focusing=2) == pytest.approx(4 * one, rel=1e-5)
+
+
+def test_label_loss_of_a_label_without_known_entries_is_zero(rng):
+    y, logits = np.float32([[1, np.nan], [0, np.nan]]), rng.normal(size=(2, 2))
+    assert _binary(y, logits) == pytest.approx(_binary(y[:, :1], logits[:, :1]), rel=1e-6)
+    assert _binary(np.full((2, 2), np.nan), logits) == 0
+
+
+def test_label_loss_extreme_logits_are_finite_and_right_ones_cost_nothing():
+    assert _binary([[1, 0]], [[500, -500]], focusing=2) == 0
+    assert _binary([[1, 0]], [[-500, 500]], focusing=0.5, positive_weights=[3, 1]) == pytest.approx(2000, rel=1e-6)
+
+
+@pytest.mark.parametrize("focusing", [0, 0.5, 2])
+def test_label_loss_gradient_is_finite_and_none_of_unknown_entries(focusing):
+    import tensorflow as tf
+
+    logits = tf.Variable([[3e38, 1.0, 500.0], [-1.0, np.inf, -500.0], [0.5, np.nan, 500.0]])
+    y = tf.constant([[np.nan, 1, 0], [0, np.nan, 1], [1, np.nan, 1]])
+    with tf.GradientTape() as tape:
+        loss = losses.WeightedBinaryCrossentropy([1, 2, 3], [3, 2, 1], focusing)(y, logits)
+    gradient = tape.gradient(loss, logits).numpy()
+    assert np.isfinite(loss) and np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[np.isnan(y)], 0)
+    right = np.array([False, False, True])  # sure and right
+    assert (gradient[2][right] == 0).all() and (gradient[~np.isnan(y)][:-1] != 0).all()
+
+
+def test_label_loss_gradient_by_hand():
+    import tensorflow as tf
+
+    logits = tf.Variable(HAND_LOGITS, dtype="float32")
+    with tf.GradientTape() as tape:
+        loss = losses.WeightedBinaryCrossentropy(**HAND_WEIGHTS)(np.float32(HAND_Y), logits)
+    # w⁺ · (p − 1) and w⁻ · p over the label's known entries: 0.75 · −0.5 / 2, 2 · 0.75, 0.25 · 0.75 / 2
+    np.testing.assert_allclose(tape.gradient(loss, logits), [[-0.1875, 1.5], [0.09375, 0]], rtol=1e-6)
+
+
+def test_label_loss_of_half_precision_logits_is_computed_in_float32():
+    logits = np.float16([[9.0], [9.0]])  # in float16, log p = −1.2e-4 has three digits
+    got = losses.WeightedBinaryCrossentropy().call(np.float32([[1], [1]]), logits)
+    assert keras.backend.standardize_dtype(got.dtype) == "float32"
+    np.testing.assert_allclose(got, np.log1p(np.exp(-9.0)), rtol=1e-6)
+
+
+def test_label_loss_weights_of_shares_make_both_kinds_of_a_label_pull_alike(rng):
+    import tensorflow as tf
+
+    y = np.float32(rng.random((500, 3)) < [0.02, 0.3, 0.9])
+    y[::7] = np.nan
+    positive, negative = losses.label_shares(y)
+    bias = tf.Variable(tf.zeros(3))
+    with tf.GradientTape() as tape:
+        logits = tf.broadcast_to(bias, y.shape)
+        loss = losses.WeightedBinaryCrossentropy(positive_weights=negative, negative_weights=positive)(y, logits)
+    # At p = 0.5 a label's share of the loss is ln 2 · (n · p + p · n), and its two parts cancel in the gradient.
+    assert float(loss) == pytest.approx(np.log(2) * 2 * (positive * negative).sum(), rel=1e-5)
+    np.testing.assert_allclose(tape.gradient(loss, bias), 0, atol=1e-7)
+
+
+def test_label_loss_round_trips_through_its_config():
+    loss = losses.WeightedBinaryCrossentropy(np.array([1, 2]), [0.5, 0], focusing=2, name="mine")
+    config = keras.saving.serialize_keras_object(loss)
+    assert config["registered_name"] == "kerasmed>WeightedBinaryCrossentropy"
+    copy = keras.saving.deserialize_keras_object(config)
+    assert copy.get_config() == loss.get_config() and copy.focusing == 2 and copy.name == "mine"
+    assert copy.positive_weights == [1, 2] and copy.negative_weights == [0.5, 0]
+
+
+def test_label_loss_round_trips_through_a_compiled_keras_file(tmp_path, rng):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile("sgd", loss=losses.WeightedBinaryCrossentropy(**HAND_WEIGHTS, focusing=1))
+    x, y = np.float32(rng.normal(size=(5, 4))), np.float32(rng.integers(0, 2, (5, 2)))
+    y[1, 0] = np.nan
+    before = model.evaluate(x, y, verbose=0)
+    assert before == pytest.approx(_binary(y, model(x), **HAND_WEIGHTS, focusing=1), rel=1e-5)
+    model.save(tmp_path / "m.keras")
+    copy = keras.saving.load_model(tmp_path / "m.keras")
+    assert copy.loss.get_config() == model.loss.get_config() and copy.evaluate(x, y, verbose=0) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"focusing": -1}, "`focusing` is -1"),
+        ({"positive_weights": [1, -1]}, "`positive_weights` are .* none below 0"),
+        ({"negative_weights": [np.nan, 1]}, "`negative_weights` are .* finite"),
+    ],
+)
+def test_label_loss_unfit_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        losses.WeightedBinaryCrossentropy(**options)
+
+
+def test_label_loss_unlike_shapes_are_refused():
+    with pytest.raises(ValueError, match="3 weights for 2 labels"):
+        _binary(np.zeros((4, 2)), np.zeros((4, 2)), positive_weights=[1, 1, 1])
+    for shape in ((4,), (4, 1)):  # both would broadcast
+        with pytest.raises(ValueError, match="expected .batch, num_labels. of both"):
+            _binary(np.zeros(shape), np.zeros((4, 2)))
+
+
+def test_label_shares_count_known_entries_only():
+    positive, negative = losses.label_shares(np.array([[1, 0], [0, 1], [0, np.nan], [0, 1]]))
+    np.testing.assert_allclose(positive, [1 / 4, 2 / 3])
+    np.testing.assert_allclose(positive + negative, 1)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ([np.nan, np.nan], r"positions \[1\] are unknown in all 2 training rows"),
+        ([1, -1], r"holds \[-1.0\]; expected 1 present"),
+    ],
+)
+def test_label_shares_unfit_labels_are_refused(column, message):
+    with pytest.raises(ValueError, match=message):
+        losses.label_shares(np.column_stack([[0, 1], column]))
+
+
+def test_label_shares_of_one_kind_are_0_and_keep_the_label_from_being_learnt():
+    y = np.array([[1, 0], [0, 0], [0, np.nan]])
+    positive, negative = losses.label_shares(y)
+    assert positive.tolist() == [pytest.approx(1 / 3), 0] and negative.tolist() == [pytest.approx(2 / 3), 1]
+    logits = np.float32([[2, -9], [1, 9], [0, 9]])
+    weights = {"positive_weights": negative, "negative_weights": positive}
+    assert _binary(y, logits, **weights) == pytest.approx(
+        _binary(y[:, :1], logits[:, :1], **{name: values[:1] for name, values in weights.items()})
+    )
+
+
+def test_label_shares_of_one_dimension_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(2,\)"):
+        losses.label_shares([0, 1])
+
+
+def test_label_loss_of_chest_at_one_half_everywhere_is_as_published_shares_give(real_data):
+    from kerasmed.datasets import chest
+
+    table = chest.read_table(real_data)
+    names = [*chest.FINDINGS, chest.NO_FINDING]
+    y = table.loc[table["split"] == "train", names].to_numpy("float32")
+    assert len(y) == 86_524
+    for num_labels, expected in ((15, 1.127), (14, 0.790)):
+        positive, negative = losses.label_shares(y[:, :num_labels])
+        loss = _binary(y[:, :num_labels], 0 * y[:, :num_labels], positive_weights=negative, negative_weights=positive)
+        assert loss == pytest.approx(expected, abs=5e-4)
+        assert loss == pytest.approx(np.log(2) * 2 * (positive * negative).sum(), rel=1e-4)
+
+
 # --- F1 --------------------------------------------------------------------------------------------------------------
 
 

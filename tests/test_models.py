@@ -100,6 +100,33 @@ def test_label_head_unfit_arguments_are_refused(num_labels, loss, message):
         models.label_head(keras.Input((4,)), num_labels, loss=loss)
 
 
+def test_two_layer_head_of_one_label_is_dense_dropout_dense_and_float32_logits(rng):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        features = keras.Input((5,), dtype="float16")
+        model = keras.Model(features, models.two_layer_head(features, 1, units=8, dropout=0.3))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    names = ["head_dense1", "head_dropout", "head_dense2", "logits", "probabilities"]
+    assert [layer.name for layer in model.layers[1:]] == names and model.get_layer("head_dropout").rate == 0.3
+    assert [layer.compute_dtype for layer in model.layers[1:]] == ["float16"] * 3 + ["float32"] * 2
+    assert model.count_params() == 6 * 8 + 9 * 8 + 9
+    hidden = [model.get_layer(name).activation for name in ("head_dense1", "head_dense2")]
+    assert hidden == [keras.activations.relu] * 2
+    parts = keras.Model(features, [model.get_layer("logits").output, model.output])
+    logits, probabilities = (part.numpy() for part in parts(np.float16(rng.normal(size=(4, 5)))))
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits)), atol=1e-6)  # float32
+
+
+def test_two_layer_head_without_dropout_has_no_such_layer_and_needs_a_label():
+    features = keras.Input((5,))
+    model = keras.Model(features, models.two_layer_head(features, 3, dropout=0))
+    assert "head_dropout" not in {layer.name for layer in model.layers}
+    assert model.get_layer("head_dense2").units == 256 and model.output.shape == (None, 3)
+    with pytest.raises(ValueError, match="at least 1"):
+        models.two_layer_head(features, 0)
+
+
 def test_five_block_cnn_is_the_published_plain_network():
     model = models.five_block_cnn((64, 64), 4)
     # 2×2 kernels: 320 + 16,448 + 32,896 + 131,328 + 524,800; one position left: 131,328 + 32,896 + 516
@@ -121,3 +148,45 @@ def test_classifier_keeps_the_graph_flat_and_shares_the_extractors_weights(rng):
     assert model.get_layer("conv") is features.get_layer("conv") and model.name == "tiny"
     probabilities = model.predict(rng.integers(0, 256, (3, 8, 8, 1), dtype=np.uint8), verbose=0)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+
+
+def test_max_pooled_takes_the_largest_of_each_map_of_the_same_layers(compact, rng):
+    features = models.max_pooled(compact)
+    pixels = rng.integers(0, 256, (5, 32, 32, 1), dtype=np.uint8)
+    maps = keras.Model(compact.input, compact.get_layer("pool").input)(pixels).numpy()
+    assert maps.shape == (5, 8, 8, 16) and features.output.shape == (None, 16) and features.name == compact.name
+    np.testing.assert_array_equal(features(pixels), maps.max(axis=(1, 2)))
+    assert isinstance(features.get_layer("pool"), keras.layers.GlobalMaxPooling2D)
+    assert features.get_layer("stem_conv") is compact.get_layer("stem_conv")
+    assert "logits" not in {layer.name for layer in features.layers}
+    kernel = compact.get_layer("stem_conv").kernel
+    before = features(pixels).numpy()
+    kernel.assign(kernel * 2)
+    changed = features(pixels).numpy()
+    kernel.assign(kernel / 2)
+    assert (changed != before).any()
+
+
+def test_max_pooled_of_a_loaded_model_keeps_its_precision_and_round_trips(tmp_path, rng):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        models.compact_cnn((32, 32), 4, filters=(8, 16)).save(tmp_path / "m.keras")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    features = models.max_pooled(keras.saving.load_model(tmp_path / "m.keras"))
+    assert features.get_layer("pool").compute_dtype == "float16"
+    features.save(tmp_path / "f.keras")
+    pixels = rng.integers(0, 256, (5, 32, 32, 1), dtype=np.uint8)
+    copy = keras.saving.load_model(tmp_path / "f.keras")
+    np.testing.assert_array_equal(copy.predict(pixels, verbose=0), features.predict(pixels, verbose=0))
+
+
+def test_max_pooled_unfit_models_are_refused(compact):
+    with pytest.raises(ValueError, match="has no layer named 'pool'"):
+        models.max_pooled(models.five_block_cnn((64, 64), 2))
+    with pytest.raises(ValueError, match="a GlobalMaxPooling2D named 'pool'.*expected a GlobalAveragePooling2D"):
+        models.max_pooled(models.max_pooled(compact))
+    image, age = keras.Input((8, 8, 1)), keras.Input((1,))
+    pooled = keras.layers.GlobalAveragePooling2D(name="pool")(image)
+    with pytest.raises(ValueError, match="has 2 inputs"):
+        models.max_pooled(keras.Model([image, age], keras.layers.Concatenate()([pooled, age])))

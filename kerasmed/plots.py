@@ -263,7 +263,7 @@ def model_diagram(model, *, title: str, columns: int = 6) -> Figure:
         axis.text(x + 0.5, y + 0.04, f"{shape}\n{weights:,} weights", ha="center", va="bottom", fontsize=8)
         if taken not in ([], [before]):
             from_text = f"from {' and '.join(taken)}"
-            axis.text(x + 0.5, y + 0.75, from_text, ha="center", va="center", fontsize=7, style="italic")
+            axis.text(x + 0.5, y + 0.75, from_text, ha="center", va="center", fontsize=6, style="italic")
         if position % columns and before in taken:
             arrow = {"arrowstyle": "->", "color": "grey"}
             axis.annotate("", (x - 0.02, y + 0.5), (x - 0.18, y + 0.5), arrowprops=arrow)

@@ -1,0 +1,393 @@
+"""The chest system end to end, as its user runs it."""
+
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from kerasmed import backbones, datasets, environment, localisation, metrics, models, notebooks, pipelines, runs
+from kerasmed.cli import main
+from kerasmed.datasets import chest as data
+from kerasmed.parameters import names_of
+from kerasmed.systems import chest
+from kerasmed.systems.chest import fused, networks, shared
+
+BACKBONES = "04_chest_backbones"
+FUSION = "05_chest_fusion_gradcam"
+
+
+def _config(notebook=BACKBONES, **changes):
+    described = notebooks.describe(notebook)
+    parameters = notebooks.resolve(described, profile="smoke", given=changes)
+    config_class = networks.Config if notebook == BACKBONES else fused.Config
+    return config_class(**{name: parameters[name] for name in names_of(config_class)})
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    root = tmp_path_factory.mktemp("chest")
+    datasets.write_synthetic("chest", root, patients=60, image_side=48, seed=0)
+    return datasets.Source(root, "synthetic")
+
+
+@pytest.fixture
+def store(source):
+    config = _config()
+    store = shared.read(source, vars(config))
+    return shared.split(store, valid_share=0.2, seed=0, accepted=())
+
+
+@pytest.mark.parametrize(("notebook", "config_class"), [(BACKBONES, networks.Config), (FUSION, fused.Config)])
+def test_config_is_the_parameters_cell(notebook, config_class):
+    assert set(notebooks.describe(notebook).parameters) == {*names_of(config_class), *runs.LOCATION_PARAMETERS}
+
+
+def test_profiles_of_both_notebooks_use_one_synthetic_set():
+    for profile in ("smoke", "demo"):
+        found = [notebooks.resolve(notebooks.describe(name), profile=profile, given={}) for name in (BACKBONES, FUSION)]
+        both = [{name: each[name] for name in each if name.startswith("synthetic_")} for each in found]
+        assert both[0] == both[1] and found[1]["network"] in found[0]["networks"]
+
+
+def test_read_leaves_absent_images_out_and_keeps_what_is_known_of_them(source, store):
+    listed = data.read_table(source.root)
+    assert (~listed["present"]).sum() > 0 and len(store.manifest) == listed["present"].sum()
+    lost = listed[~listed["present"]]
+    after = store.manifest.merge(lost.assign(follow_up=lost["follow_up"] + 1), on=["patient_id", "follow_up"])
+    for name in data.FINDINGS:  # the visit after an absent image knows its findings
+        assert (after[f"previous_{name}_x"] == after[f"{name}_y"]).all()
+
+
+def test_split_keeps_the_official_test_list_and_no_patient_crosses(source, store):
+    official = data.read(source.root)["split"]
+    assert ((official == "test") == (store.manifest["split"] == "test")).all()
+    assert (store.manifest.groupby("patient_id")["split"].nunique() == 1).all()
+    learnt = store.manifest[official == "train"]
+    assert 0.1 < (learnt["split"] == "valid").mean() < 0.3
+
+
+def test_patient_values_by_hand_with_unknowns():
+    manifest = pd.DataFrame(
+        {"age": [40.0, np.nan], "sex": ["F", None], "view": ["AP", "PA"], "has_previous": [0.0, 1.0]}
+    ).assign(**dict.fromkeys(data.PREVIOUS, 0.0))
+    manifest.loc[1, "previous_Mass"] = 1.0
+    np.testing.assert_array_equal(shared.patient_values(manifest, previous=False), [[40, 0, 1], [np.nan, np.nan, 0]])
+    values = shared.patient_values(manifest, previous=True)
+    assert values.shape == (2, 18) and values.dtype == "float32"
+    assert values[0, 3:].tolist() == [0] * 15
+    assert values[1, 3] == 1 and np.flatnonzero(values[1, 4:]).tolist() == [data.FINDINGS.index("Mass")]
+
+
+def test_visits_and_subgroups_part_the_test_images(store):
+    test = (store.manifest["split"] == "test").to_numpy()
+    visits = shared.visits(store.manifest)
+    assert list(visits) == ["test", "test, first visits", "test, follow-ups"]
+    np.testing.assert_array_equal(visits["test, first visits"] ^ visits["test, follow-ups"], np.ones(len(test), bool))
+    manifest = store.manifest.assign(sex=store.manifest["sex"].mask(store.manifest.index == np.flatnonzero(test)[0]))
+    manifest.loc[np.flatnonzero(test)[1], "age"] = 40.0
+    groups = shared.subgroups(manifest)
+    assert {"test, women", "test, men", "test, sex unknown", "test, PA view", "test, AP view"} <= set(groups)
+    assert groups["test, sex unknown"].sum() == 1 and groups["test, 40 to 59 years"][np.flatnonzero(test)[1]]
+    ages = sum(mask.astype(int) for name, mask in groups.items() if "years" in name or "age" in name)
+    assert (ages[test] == 1).all()
+
+
+def test_undersample_leaves_out_training_images_without_findings_alone(store):
+    before, after = store.manifest, networks.undersample(_config(undersampling=0.5), store).manifest
+    gone = before["split"] != after["split"]
+    assert set(after.loc[gone, "split"]) == {"left out"} and set(before.loc[gone, "split"]) == {"train"}
+    healthy = (before["split"] == "train") & (before[data.NO_FINDING] == 1)
+    assert (before.loc[gone, data.NO_FINDING] == 1).all() and gone.sum() == round(0.5 * healthy.sum())
+
+
+def test_unlearnt_names_labels_of_one_kind(store):
+    assert shared.unlearnt(store, data.FINDINGS) == []
+    learnt = store.manifest["split"] == "train"
+    manifest = store.manifest.assign(Hernia=store.manifest["Hernia"].mask(learnt, 0.0))
+    assert shared.unlearnt(store._replace(manifest=manifest), data.FINDINGS) == ["Hernia"]
+
+
+def test_variants_change_one_thing_each():
+    config = _config(networks=["compact", "MobileNetV2"], augmentation=["noise"], compare_losses=["focal"])
+    found = networks.variants(config)
+    assert [each.name for each in found] == [
+        *("compact", "MobileNetV2", "compact, no augmentation", "compact, 50% of No Finding left out"),
+        "compact, focal loss",
+    ]
+    for each in found[2:]:
+        assert each.reference == each.network == "compact"
+        changed = {name for name in names_of(networks.Config) if getattr(each.config, name) != getattr(config, name)}
+        assert len(changed - {"compare_losses"}) == 1
+    quiet = replace(config, compare_augmentation=False, compare_undersampling=0.0, compare_losses=[])
+    assert [each.name for each in networks.variants(quiet)] == ["compact", "MobileNetV2"]
+
+
+@pytest.mark.parametrize(
+    "network", ["DenseNet121", "VGG19", "ResNet50", "InceptionV3", "MobileNetV2", "EfficientNetB3"]
+)
+def test_training_and_prediction_give_every_backbone_the_same_tensor(source, network):
+    # InceptionV3 needs the 75 pixels.
+    config = _config(image_size=[80, 80], networks=[network], step_only=[], augmentation=[])
+    manifest = data.read(source.root).head(6)
+    options = {**pipelines.decode_options(vars(config)), "progress": False}
+    store = pipelines.decode(manifest, source.root, **options)
+    model, _ = networks.build_model(config, network)
+    prepared = keras.Model(model.inputs[0], model.get_layer("preprocess").output)
+    batch = {"batch_size": 6, "seed": 0, "epoch": 0, "index": 0}
+    order = pipelines.epoch_order(6, seed=0, epoch=0)
+    pixels, _ = pipelines.batch(store.images, np.arange(6), np.zeros((6, 1)), **batch)
+    training = keras.ops.convert_to_numpy(prepared(pixels, training=True))
+    options = pipelines.decode_options(vars(config))
+    told, _ = next(pipelines.decode_stream(source.root, manifest["image_path"].tolist(), **options))
+    inference = prepared.predict(told[..., None], verbose=0)
+    np.testing.assert_array_equal(training, inference[order])
+    assert training.shape[-1] == 3 and np.ptp(training) > 0
+
+
+def test_build_model_same_head_on_every_network():
+    heads = []
+    for network in ("compact", "MobileNetV2"):
+        model, _ = networks.build_model(_config(), network)
+        names = [layer.name for layer in model.layers]
+        heads.append([type(layer).__name__ for layer in model.layers[names.index("pool") :]])
+        assert model.output_shape == (None, 15)
+    assert heads[0] == heads[1] == [*("GlobalAveragePooling2D", "Dense", "Dropout", "Dense", "Dense", "Activation")]
+
+
+def test_build_loss_weights_are_the_shares_of_the_others():
+    y = np.array([[1.0, 0], [0, 0], [0, 1], [0, 1]])
+    loss = shared.build_loss("weighted", y)
+    assert loss.positive_weights == [0.75, 0.5] and loss.negative_weights == [0.25, 0.5]
+    assert shared.build_loss("plain", y).positive_weights is None and shared.build_loss("focal", y).focusing == 2
+
+
+# --- fusion ----------------------------------------------------------------------------------------------------------
+
+
+def _image_branch(side=48):
+    whole = models.compact_cnn((side, side), 15, filters=(8, 16, 16, 16), activation="sigmoid")
+    return models.max_pooled(whole)
+
+
+def test_build_model_of_each_step_takes_what_the_step_knows(store):
+    config = _config(FUSION, units=16)
+    widths = {}
+    for step in fused.STEPS:
+        model = fused.build_model(config, step, _image_branch(), store)
+        widths[step.name] = [each.shape[1] for each in model.inputs[1:]]
+        assert ("image_residual" in {layer.name for layer in model.layers}) == step.residual
+        assert model.output_shape == (None, 14)
+    assert widths == {"image": [], "+ patient": [3], "+ previous": [18], "+ residual": [18]}
+    layer = model.get_layer("patient_dense")
+    learnt = store.manifest[store.manifest["split"] == "train"]
+    assert layer.means[0] == pytest.approx(learnt["age"].mean(), rel=1e-5)  # of training rows alone
+
+
+def test_baselines_carry_the_previous_findings_forward(store):
+    answers = fused.baselines(_config(FUSION), store)
+    test = store.manifest[store.manifest["split"] == "test"]
+    carried = answers[metrics.CARRY_FORWARD].probabilities
+    np.testing.assert_array_equal(carried, test[list(data.PREVIOUS)])
+    assert not carried[(test["has_previous"] == 0).to_numpy()].any()
+    assert answers[metrics.PATIENT].probabilities.shape == carried.shape
+
+
+def _origin(store):
+    return fused.Origin(None, {"image_size": list(store.images.shape[1:]), "fit": "stretch"}, "compact", None)
+
+
+def test_boxes_of_are_those_of_test_images_in_the_stores_pixels(source, store):
+    half = store._replace(images=np.zeros((len(store.manifest), 24, 48), np.uint8))
+    boxes = fused.boxes_of(half, _origin(half), source.root)
+    assert len(boxes) and set(boxes["label"]) <= set(data.FINDINGS)
+    assert (store.manifest["split"].to_numpy()[boxes["row"]] == "test").all()
+    first = boxes.iloc[0]
+    listed = data.read_boxes(source.root).set_index(["study_id", "label"])
+    listed = listed.loc[(store.manifest.at[first["row"], "study_id"], first["label"])]
+    assert (first["x"], first["width"]) == (listed["x"], listed["width"])
+    assert (first["y"], first["height"]) == (listed["y"] / 2, listed["height"] / 2)
+
+
+def test_positive_pairs_are_recorded_findings_of_test_images(store):
+    pairs = fused.positive_pairs(_config(FUSION, cam_pairs=25), store)
+    assert len(pairs) == 25 and not pairs.duplicated().any()
+    assert all(store.manifest.at[row, label] == 1 for row, label in pairs.itertuples(index=False))
+    assert (store.manifest["split"].to_numpy()[pairs["row"]] == "test").all()
+
+
+def test_find_origin_refuses_other_data_and_networks_that_were_not_trained(tmp_path):
+    config = _config(FUSION)
+    with pytest.raises(FileNotFoundError, match="no complete run of 04_chest_backbones on these data"):
+        fused.find_origin(config, fingerprint="f")
+    parameters = vars(_config())
+    run = runs.start("chest", BACKBONES, parameters, fingerprint="f", data_source="synthetic", environment={})
+    runs.write_json(run / "answers.json", {"variant": "MobileNetV2"})
+    row = {"task": "t", "metric": "m", "value": 0.5, "baseline": {"value": 0.1}}
+    runs.finish(run, headline=[row], rows=[])
+    assert fused.find_origin(config, fingerprint="f").network == "compact"
+    chosen = fused.find_origin(replace(config, network=""), fingerprint="f")
+    assert chosen.network == "MobileNetV2" and chosen.model == run / "variants/MobileNetV2/model.keras"
+    with pytest.raises(
+        ValueError, match="`network` is 'VGG19'; expected empty, or one that .* trained: compact, Mobile"
+    ):
+        fused.find_origin(replace(config, network="VGG19"), fingerprint="f")
+    with pytest.raises(FileNotFoundError, match="made with other data"):
+        fused.find_origin(replace(config, from_run=str(run)), fingerprint="g")
+
+
+def test_surest_keeps_the_most_probable_of_each_label():
+    table = pd.DataFrame({"p_Mass": [0.2, 0.9, 0.5], "p_Edema": [0.1, 0.3, 0.2]})
+    pairs = pd.DataFrame({"row": [0, 1, 2, 2], "label": ["Mass", "Mass", "Mass", "Edema"]})
+    kept = fused.surest(fused.Trained("x", "x", None, table), pairs, count=2)
+    assert kept.to_dict("records") == [
+        {"row": 2, "label": "Edema", "p": 0.2},
+        {"row": 1, "label": "Mass", "p": 0.9},
+        {"row": 2, "label": "Mass", "p": 0.5},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("notebook", "changes", "message"),
+    [
+        (BACKBONES, {"image_size": [16, 16]}, "`image_size` is .16, 16.; expected .height, width., each at least 32"),
+        (BACKBONES, {"networks": ["ResNet51"]}, "`networks` is .*expected some of compact, DenseNet121"),
+        (BACKBONES, {"networks": []}, "expected at least one"),
+        (BACKBONES, {"step_only": ["compact"]}, "`step_only` is"),
+        (BACKBONES, {"step_only": ["InceptionV3"]}, "at least 75 pixels a side"),
+        (BACKBONES, {"loss": "hinge"}, "expected one of weighted, plain, focal"),
+        (BACKBONES, {"compare_losses": ["weighted"]}, "`compare_losses` is"),
+        (BACKBONES, {"undersampling": 1.0}, "expected a share"),
+        (BACKBONES, {"accepted": ["blak"]}, "`accepted` is"),
+        (BACKBONES, {"epochs": 0}, "expected at least 1"),
+        (FUSION, {"unfrozen_share": 0.0}, "expected a number above 0"),
+        (FUSION, {"cam_pairs": 0}, "expected at least 1"),
+        (FUSION, {"dropout": 1.0}, "expected at least 0 and below 1"),
+        (FUSION, {"learning_rate": 2.0}, "expected a number between 0 and 1"),
+    ],
+)
+def test_config_refuses_values_before_any_work(notebook, changes, message):
+    with pytest.raises(ValueError, match=message):
+        _config(notebook, **changes)
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def _gradient_norms(model, inputs, y, loss):
+    """Norm of the loss's gradient in the first convolution of the image branch, and in all of the model."""
+    import tensorflow as tf
+
+    logits = keras.Model(model.inputs, model.get_layer("logits").output)
+    first = next(layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D))
+    with tf.GradientTape() as tape:
+        value = loss(y, logits(inputs, training=True))
+    variables = [each.value for each in model.trainable_variables]
+    gradients = dict(zip([id(each) for each in model.trainable_variables], tape.gradient(value, variables)))
+    norms = [float(tf.norm(each)) for each in gradients.values()]
+    return float(tf.norm(gradients[id(first.kernel)])), float(np.linalg.norm(norms))
+
+
+@pytest.mark.slow
+def test_gradients_reach_the_image_branch_at_start_and_end_of_training(store, tmp_path):
+    config = _config(FUSION, units=64, loss="weighted")
+    step = fused.STEPS[-1]
+    environment.fresh(0)
+    model = fused.build_model(config, step, _image_branch(), store)
+    y = store.manifest[list(data.FINDINGS)].to_numpy("float32")
+    rows = pipelines.rows(store, "train")[:64]
+    inputs = [store.images[rows][..., None], fused.beside(step, store)["patient"][rows]]
+    loss = shared.build_loss("weighted", y[pipelines.rows(store, "train")])
+    shares = []
+    for stage in ("start", "end"):
+        backbones.set_trainable(model, "compact", "all")
+        branch, whole = _gradient_norms(model, inputs, y[rows], loss)
+        shares.append(branch / whole)
+        if stage == "start":
+            options = {"epochs": 12, "learning_rate": 1e-3, "beside": fused.beside(step, store)}
+            history = shared.fit(
+                replace(config, stop_patience=20), model, store, data.FINDINGS, folder=tmp_path, **options
+            )
+            assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    assert min(shares) > 0.01, shares
+
+
+@pytest.fixture(scope="module")
+def smoke_runs(tmp_path_factory):
+    """Run folders of both notebooks in profile smoke."""
+    home = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERASMED_CACHE", str(home / "cache"))
+        patch.delenv("KERASMED_DATA", raising=False)
+        arguments = ["run", FUSION, BACKBONES, "--profile", "smoke", "--models-root", str(home / "models")]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        found = sorted((home / "models/chest").iterdir())
+        yield found, result.output
+
+
+@pytest.mark.slow
+def test_smoke_run_of_04_compares_networks_beside_baselines(smoke_runs):
+    (run, _), _ = smoke_runs
+    content = runs.read_json(run / "metrics.json")
+    rows = pd.DataFrame(content["rows"])
+    compared = {
+        *("compact, no augmentation", "compact, 50% of No Finding left out", "compact, plain loss"),
+        "compact, focal loss",
+    }
+    baselines = {"majority", "all_positive", "nearest_neighbour", "patient_data"}
+    assert set(rows["variant"]) == {"compact", "MobileNetV2", *compared, *baselines}
+    assert set(rows.loc[rows["reference"].notna(), "variant"]) == compared
+    assert set(rows["label"]) == {"all", *shared.LABELS}
+    one = rows[(rows["variant"] == "compact") & (rows["metric"] == "auroc")].set_index("label")["value"]
+    assert one["all"] == pytest.approx(one[list(data.FINDINGS)].astype(float).mean())
+    assert runs.read_json(run / "variants/VGG19-step/cost.json")["weights"] > 20_000_000
+    chosen = runs.read_json(run / "answers.json")
+    table = pd.read_csv(run / "predictions.csv", dtype={"patient_id": str})
+    assert set(table["variant"]) == {chosen["variant"]} and content["chosen_by"]["split"] == "valid"
+    assert content["chosen_by"]["value"] == pytest.approx(shared.validation_auroc(table))
+
+
+@pytest.mark.slow
+def test_smoke_run_of_05_goes_on_from_04_and_keeps_its_split(smoke_runs):
+    (earlier, run), output = smoke_runs
+    assert output.index("[1/2] 04_chest") < output.index("[2/2] 05_chest")  # whatever the order asked for
+    assert runs.read_json(run / "params.json")["from_run"] == str(earlier)
+    pd.testing.assert_frame_equal(pd.read_csv(run / "split.csv"), pd.read_csv(earlier / "split.csv"))
+    content = runs.read_json(run / "metrics.json")
+    rows = pd.DataFrame(content["rows"])
+    told = rows[rows["metric"] == "auroc"]
+    assert {"test", "test, first visits", "test, follow-ups", "test, women"} <= set(told["split"])
+    assert {*fused.NAMES, metrics.CARRY_FORWARD, metrics.PATIENT} <= set(told["variant"])
+    steps = told[told["variant"].isin(fused.NAMES[1:]) & (told["label"] == "all") & (told["split"] == "test")]
+    against = {row["variant"]: row["reference"]["variant"] for row in steps.to_dict("records")}
+    assert against == {"+ patient": "image", "+ previous": "+ patient", "+ residual": "+ previous"}
+    health = rows[rows["metric"].isin(localisation.METRICS) & (rows["label"] == "all")]
+    counts = health.groupby(["split", "variant"]).size().unstack(0)
+    assert counts.loc[list(fused.NAMES)].to_numpy().tolist() == [[6, 2]] * 4
+    assert {row["metric"] for row in content["headline"]} == {"auroc", "average_precision", "pointing_hit"}
+
+
+@pytest.mark.slow
+def test_predict_gives_the_probabilities_of_both_runs(smoke_runs, tmp_path):
+    found, _ = smoke_runs
+    params = runs.read_json(found[0] / "params.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERASMED_CACHE", str(found[0].parents[2] / "cache"))
+        root = datasets.locate("chest", params).root
+    for run in found:
+        told = chest.predict(run, root / "chest", progress=False)
+        known = pd.read_csv(run / "predictions.csv")
+        told["image_path"] = "chest/" + told["image_path"]
+        both = known.merge(told, on="image_path", suffixes=("", "_again"))
+        assert len(both) == len(known) == len(told)
+        columns = [name for name in known if name.startswith("p_")]
+        again = both[[f"{name}_again" for name in columns]].to_numpy()
+        np.testing.assert_allclose(both[columns].to_numpy(), again, atol=1e-5)
+    # Away from its tables, an image is predicted with nothing known of the patient.
+    alone = tmp_path / "one.png"
+    alone.write_bytes((root / known["image_path"][0]).read_bytes())
+    table = chest.predict(found[1], alone, progress=False)
+    assert np.isfinite(table[columns].to_numpy()).all() and set(table["Mass"]) <= {0, 1}

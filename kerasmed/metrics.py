@@ -16,7 +16,8 @@ BOOTSTRAPS = 1000
 MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC = "majority", "all_positive", "nearest_neighbour", "svc"
 PATIENT = "patient_data"  # a model on age, sex and view, which sees no image
 CARRY_FORWARD = "carry_forward"  # the findings of the patient's previous visit
-BASELINES = (MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC, PATIENT, CARRY_FORWARD)
+PATIENT_AND_PREVIOUS = "patient_and_previous"  # a model on both, which sees no image
+BASELINES = (MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC, PATIENT, CARRY_FORWARD, PATIENT_AND_PREVIOUS)
 _CHUNK = 2**22  # weights looked at together: what bounds the memory of `ranking`, at 32 MB an array
 
 

@@ -233,3 +233,20 @@ def test_run_looks_at_labels_that_do_not_exclude_each_other():
     f1 = {row["variant"]: row["value"] for row in found["neighbour"] if row["metric"] == "f1"}
     assert f1["majority"] < f1["nearest_neighbour"] < f1["all_positive"]
     assert {row["target"] for row in found["probe"]} >= {"label1", "label2", "label3", "in the published train"}
+
+
+@pytest.mark.slow
+def test_run_01_eda_looks_at_chest_with_its_patients_and_boxes():
+    result = _call("run", "01_eda", "--profile", "smoke", "-p", "system=chest")
+    assert result.exit_code == 0, result.output
+    (run,) = (paths.models_root() / "chest").glob("01_eda-smoke-*")
+    found = runs.read_json(run / "summary.json")["parts"]["frontal"]
+    assert found["leak"]["test"]["images_in_train"] == 0 and found["groups"]["count"] > 900
+    names = {path.stem for path in (run / "figures").iterdir()}
+    assert names >= {"patients-frontal", "boxes-frontal", "cooccurrence-frontal", "samples-frontal"}
+    f1 = {
+        row["variant"]: row["value"]
+        for row in found["neighbour"]
+        if (row["metric"], row["split"]) == ("f1", "unseen groups")
+    }
+    assert f1["majority"] < f1["all_positive"]

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,14 @@ def test_locate_auto_writes_a_synthetic_set_where_no_root_was_named(tmp_path, mo
         and datasets.locate("brain", {"data_source": "auto", **TINY}) == source
     )
     assert datasets.locate("brain", {"data_source": "synthetic", **TINY, "synthetic_seed": 1}).root != source.root
+
+
+def test_locate_synthetic_set_of_another_version_is_another_set(monkeypatch):
+    first = datasets.locate("brain", {"data_source": "synthetic", **TINY})
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + b"#" * (path.name == "brain.py"))
+    second = datasets.locate("brain", {"data_source": "synthetic", **TINY})
+    assert first.root != second.root and first.root.is_dir() and second.root.is_dir()
 
 
 @pytest.mark.parametrize("data_source", ["auto", "real"])

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from kerasmed import backbones, datasets, environment, localisation, metrics, models, notebooks, pipelines, runs
+from kerasmed import backbones, datasets, environment, localisation, metrics, models, notebooks, pipelines, runs, splits
 from kerasmed.cli import main
 from kerasmed.datasets import chest as data
 from kerasmed.parameters import names_of
@@ -128,7 +128,7 @@ def test_variants_change_one_thing_each():
 @pytest.mark.parametrize(
     "network", ["DenseNet121", "VGG19", "ResNet50", "InceptionV3", "MobileNetV2", "EfficientNetB3"]
 )
-def test_training_and_prediction_give_every_backbone_the_same_tensor(source, network):
+def test_training_and_prediction_give_every_backbone_the_same_tensor(source, network, tmp_path):
     # InceptionV3 needs the 75 pixels.
     config = _config(image_size=[80, 80], networks=[network], step_only=[], augmentation=[])
     manifest = data.read(source.root).head(6)
@@ -140,9 +140,13 @@ def test_training_and_prediction_give_every_backbone_the_same_tensor(source, net
     order = pipelines.epoch_order(6, seed=0, epoch=0)
     pixels, _ = pipelines.batch(store.images, np.arange(6), np.zeros((6, 1)), **batch)
     training = keras.ops.convert_to_numpy(prepared(pixels, training=True))
-    options = pipelines.decode_options(vars(config))
-    told, _ = next(pipelines.decode_stream(source.root, manifest["image_path"].tolist(), **options))
-    inference = prepared.predict(told[..., None], verbose=0)
+    # What prediction does: the file read anew, the model loaded from its file.
+    prepared.save(tmp_path / "prepared.keras")
+    loaded = keras.saving.load_model(tmp_path / "prepared.keras")
+    told, _ = next(
+        pipelines.decode_stream(source.root, manifest["image_path"].tolist(), **pipelines.decode_options(vars(config)))
+    )
+    inference = loaded.predict(told[..., None], verbose=0)
     np.testing.assert_array_equal(training, inference[order])
     assert training.shape[-1] == 3 and np.ptp(training) > 0
 
@@ -195,13 +199,22 @@ def test_baselines_carry_the_previous_findings_forward(store):
     assert answers[metrics.PATIENT].probabilities.shape == carried.shape
 
 
-def _origin(store):
-    return fused.Origin(None, {"image_size": list(store.images.shape[1:]), "fit": "stretch"}, "compact", None)
+def test_baselines_patient_and_previous_rank_better_than_either(store, tmp_path):
+    datasets.write_synthetic("chest", tmp_path, patients=400, image_side=48, seed=0)
+    parted = splits.published(data.read(tmp_path), shared.LABELS)
+    answers = fused.baselines(_config(FUSION), store._replace(manifest=parted))
+    y = parted.loc[parted["split"] == "test", list(data.FINDINGS)].to_numpy()
+    once = np.ones((1, len(y)))
+    areas = {
+        name: np.mean([metrics.auroc(truth == 1, told, once) for truth, told in zip(y.T, each.probabilities.T)])
+        for name, each in answers.items()
+    }
+    assert areas[metrics.PATIENT_AND_PREVIOUS] > max(areas[metrics.PATIENT], areas[metrics.CARRY_FORWARD])
 
 
 def test_boxes_of_are_those_of_test_images_in_the_stores_pixels(source, store):
     half = store._replace(images=np.zeros((len(store.manifest), 24, 48), np.uint8))
-    boxes = fused.boxes_of(half, _origin(half), source.root)
+    boxes = fused.boxes_of(half, source.root)
     assert len(boxes) and set(boxes["label"]) <= set(data.FINDINGS)
     assert (store.manifest["split"].to_numpy()[boxes["row"]] == "test").all()
     first = boxes.iloc[0]
@@ -209,6 +222,76 @@ def test_boxes_of_are_those_of_test_images_in_the_stores_pixels(source, store):
     listed = listed.loc[(store.manifest.at[first["row"], "study_id"], first["label"])]
     assert (first["x"], first["width"]) == (listed["x"], listed["width"])
     assert (first["y"], first["height"]) == (listed["y"] / 2, listed["height"] / 2)
+
+
+def test_boxes_of_findings_that_are_not_recorded_are_left_out(source, store):
+    boxes = fused.boxes_of(store, source.root)
+    row, label = boxes.loc[0, ["row", "label"]]
+    manifest = store.manifest.copy()
+    manifest.loc[row, label] = 0.0
+    fewer = fused.boxes_of(store._replace(manifest=manifest), source.root)
+    assert len(fewer) == len(boxes) - 1 and not ((fewer["row"] == row) & (fewer["label"] == label)).any()
+
+
+@pytest.mark.parametrize(("losses", "kept"), [((0.9, 0.5, 0.7), "whole"), ((0.9, 0.6, 0.4), "unfrozen")])
+def test_train_keeps_the_stage_of_the_lowest_validation_loss(store, tmp_path, monkeypatch, losses, kept):
+    run, stages = tmp_path / "run", dict(zip(("head", "whole", "unfrozen"), losses))
+    earlier = models.compact_cnn((48, 48), 15, filters=(8, 16, 16, 16), activation="sigmoid")
+    earlier.save(tmp_path / "earlier.keras")
+
+    def fit(config, model, store, labels, *, folder, epochs, learning_rate, beside):
+        loss = stages[folder.name.removeprefix("image-")]
+        model.get_layer("logits").bias.assign(np.full(14, loss))  # tells the stages apart
+        pd.DataFrame({"epoch": [1], "val_loss": [loss], "kept": [True]}).to_csv(folder / "history.csv", index=False)
+        model.save(folder / "model.keras")
+
+    monkeypatch.setattr(fused.shared, "fit", fit)
+    origin = fused.Origin(None, {}, "compact", "compact", tmp_path / "earlier.keras")
+    config = _config(FUSION, units=16)
+    trained = fused.train(config, fused.STEPS[0], store, origin, run=run)
+    model = keras.saving.load_model(run / "variants/image/model.keras")
+    np.testing.assert_allclose(model.get_layer("logits").bias, stages[kept], rtol=1e-6)
+    assert trained.history["val_loss"].item() == stages[kept]
+    told = shared.predict_store(model, store, data.FINDINGS, variant="image")
+    np.testing.assert_allclose(trained.predictions["p_Mass"], told["p_Mass"], atol=1e-6)
+    assert list(fused.history(run)["training"]) == ["image-head", "image-unfrozen", "image-whole"]
+    # Once more, it is read.
+    monkeypatch.setattr(fused.shared, "fit", None)
+    pd.testing.assert_frame_equal(
+        fused.train(config, fused.STEPS[0], store, origin, run=run).predictions, trained.predictions
+    )
+
+
+def test_read_refuses_another_split(source, store, tmp_path):
+    config, parameters = _config(FUSION), vars(_config())
+    origin = fused.Origin(tmp_path, parameters, "compact", "compact", None)
+    store.manifest[["image_path", "split"]].to_csv(tmp_path / "split.csv", index=False)
+    again = fused.read(config, source, origin)
+    assert (again.manifest["split"] == store.manifest["split"]).all()
+    store.manifest[["image_path", "split"]].iloc[1:].to_csv(tmp_path / "split.csv", index=False)
+    with pytest.raises(
+        ValueError, match=f"split.csv lists {len(store.manifest) - 1} images.*run 04_chest_backbones again"
+    ):
+        fused.read(config, source, origin)
+
+
+def test_split_without_a_finding_to_choose_by_is_refused(store):
+    bare = store._replace(manifest=store.manifest.assign(**dict.fromkeys(data.FINDINGS, 0.0), **{data.NO_FINDING: 1.0}))
+    with pytest.raises(ValueError, match="validation images have no finding that some have and others lack"):
+        shared.split(bare, valid_share=0.2, seed=0, accepted=("label_conflict",))
+
+
+def test_evaluate_leaves_findings_that_nothing_is_learnt_of_out_of_the_means(store):
+    learnt = store.manifest["split"] == "train"
+    bare = store._replace(manifest=store.manifest.assign(Hernia=store.manifest["Hernia"].mask(learnt, 0.0)))
+    rows = shared.evaluate(_config(), {}, bare, shared.LABELS)
+    areas = {
+        row["label"]: row["value"]
+        for row in rows
+        if row["variant"] == metrics.NEAREST_NEIGHBOUR and row["metric"] == "auroc"
+    }
+    kept = [areas[name] for name in data.FINDINGS if name != "Hernia" and areas[name] is not None]
+    assert areas["all"] == pytest.approx(np.mean(kept)) and areas["Hernia"] is not None
 
 
 def test_positive_pairs_are_recorded_findings_of_test_images(store):
@@ -224,12 +307,14 @@ def test_find_origin_refuses_other_data_and_networks_that_were_not_trained(tmp_p
         fused.find_origin(config, fingerprint="f")
     parameters = vars(_config())
     run = runs.start("chest", BACKBONES, parameters, fingerprint="f", data_source="synthetic", environment={})
-    runs.write_json(run / "answers.json", {"variant": "MobileNetV2"})
+    runs.write_json(run / "answers.json", {"variant": "MobileNetV2, no augmentation"})
     row = {"task": "t", "metric": "m", "value": 0.5, "baseline": {"value": 0.1}}
     runs.finish(run, headline=[row], rows=[])
-    assert fused.find_origin(config, fingerprint="f").network == "compact"
+    named = fused.find_origin(config, fingerprint="f")
+    assert named.network == "compact" and named.model == run / "variants/compact/model.keras"
     chosen = fused.find_origin(replace(config, network=""), fingerprint="f")
-    assert chosen.network == "MobileNetV2" and chosen.model == run / "variants/MobileNetV2/model.keras"
+    assert (chosen.network, chosen.variant) == ("MobileNetV2", "MobileNetV2, no augmentation")
+    assert chosen.model == run / "model.keras"  # the one that was chosen, whatever was changed in it
     with pytest.raises(
         ValueError, match="`network` is 'VGG19'; expected empty, or one that .* trained: compact, Mobile"
     ):
@@ -360,7 +445,8 @@ def test_smoke_run_of_05_goes_on_from_04_and_keeps_its_split(smoke_runs):
     rows = pd.DataFrame(content["rows"])
     told = rows[rows["metric"] == "auroc"]
     assert {"test", "test, first visits", "test, follow-ups", "test, women"} <= set(told["split"])
-    assert {*fused.NAMES, metrics.CARRY_FORWARD, metrics.PATIENT} <= set(told["variant"])
+    baselines = {metrics.CARRY_FORWARD, metrics.PATIENT, metrics.PATIENT_AND_PREVIOUS}
+    assert {*fused.NAMES, *baselines} <= set(told["variant"])
     steps = told[told["variant"].isin(fused.NAMES[1:]) & (told["label"] == "all") & (told["split"] == "test")]
     against = {row["variant"]: row["reference"]["variant"] for row in steps.to_dict("records")}
     assert against == {"+ patient": "image", "+ previous": "+ patient", "+ residual": "+ previous"}

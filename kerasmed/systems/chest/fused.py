@@ -98,10 +98,11 @@ class Config:
 
 
 class Origin(NamedTuple):
-    """The run that this one goes on from: its folder, how it read images, and the network that is taken of it."""
+    """The run that this one goes on from: its folder, how it read images, and the training that is taken of it."""
 
     run: Path
     parameters: dict
+    variant: str
     network: str
     model: Path
 
@@ -115,13 +116,16 @@ def find_origin(config: Config, *, fingerprint: str, models_root=None) -> Origin
     """
     run = runs.find("chest", ORIGIN, run=config.from_run, fingerprint=fingerprint, models_root=models_root)
     parameters = runs.read_json(run / "params.json")
-    chosen = runs.read_json(run / "answers.json")["variant"].split(",")[0]
-    network = config.network or chosen
     known = parameters["networks"]
-    refuse("network", config.network, network in known, f"empty, or one that {run.name} trained: {', '.join(known)}")
+    fits = config.network in ("", *known)
+    refuse("network", config.network, fits, f"empty, or one that {run.name} trained: {', '.join(known)}")
     refuse("fit", parameters["fit"], parameters["fit"] == "stretch", f"'stretch' in {run.name}: boxes scale with it")
     augment.build(config.augmentation, tuple(parameters["image_size"]))
-    return Origin(run, parameters, network, runs.variant_folder(run, network) / "model.keras")
+    if config.network:
+        model = runs.variant_folder(run, config.network) / "model.keras"
+        return Origin(run, parameters, config.network, config.network, model)
+    chosen = runs.read_json(run / "answers.json")["variant"]  # a network's name, perhaps with what was changed
+    return Origin(run, parameters, chosen, chosen.split(",")[0], run / "model.keras")
 
 
 def read(config: Config, source, origin: Origin) -> pipelines.Store:
@@ -165,15 +169,15 @@ def train(config: Config, step: Step, store: pipelines.Store, origin: Origin, *,
 
     The image alone: its head over the frozen network of the earlier run, then all of it at the full rate. Every other
     step begins with that network and learns its own head first. All end unfrozen at a share of the rate, so that the
-    network inside has been trained for as long in each; where that made the image alone worse on validation, it keeps
-    what it was before, so that no step wins by a rival's overfitting.
+    network inside is trained for as long in each. A step's model is that of the stage of the lowest validation loss, so
+    that none wins by a rival's overfitting.
 
     Args:
         config: the recipe.
         step: of `STEPS`, in order: the later ones need the first.
         store: of `read`.
         origin: of `find_origin`.
-        run: the run folder; the stages go to `variants/<step>-<stage>`, the last to `variants/<step>`.
+        run: the run folder; the stages go to `variants/<step>-<stage>`, what is kept of them to `variants/<step>`.
     """
     folder = runs.variant_folder(run, _slug(step.name))
     trunk = runs.variant_folder(run, f"{_slug('image')}-whole") / "model.keras"
@@ -188,29 +192,22 @@ def train(config: Config, step: Step, store: pipelines.Store, origin: Origin, *,
         lower = config.learning_rate * config.unfrozen_share
         stages = [
             ("head", "head", config.head_epochs, config.learning_rate),
-            ("", "all", config.unfrozen_epochs, lower),
+            ("unfrozen", "all", config.unfrozen_epochs, lower),
         ]
         if not step.patient:
             stages.insert(1, ("whole", "all", config.epochs, config.learning_rate))
+        finished = []
         for stage, part, epochs, rate in stages:
-            print(f"{step.name}{f', {stage}' if stage else ''}: {part} of the network learns", flush=True)
+            print(f"{step.name}, {stage}: {part} of the network learns", flush=True)
             backbones.set_trainable(model, origin.network, part)
-            target = runs.variant_folder(run, f"{folder.name}-{stage}") if stage else folder
-            shared.fit(
-                config,
-                model,
-                store,
-                FINDINGS,
-                folder=target,
-                epochs=epochs,
-                learning_rate=rate,
-                beside=beside(step, store),
-            )
-        if not step.patient and _kept_loss(trunk.parent) < _kept_loss(folder):
-            for name in ("model.keras", "history.csv"):
-                with runs.whole(folder / name) as temporary:
-                    shutil.copyfile(trunk.parent / name, temporary)
-            model.set_weights(keras.saving.load_model(trunk).get_weights())
+            finished.append(runs.variant_folder(run, f"{folder.name}-{stage}"))
+            options = {"epochs": epochs, "learning_rate": rate, "beside": beside(step, store)}
+            shared.fit(config, model, store, FINDINGS, folder=finished[-1], **options)
+        best = min(finished, key=_kept_loss)
+        for name in ("model.keras", "history.csv"):
+            with runs.whole(folder / name) as temporary:
+                shutil.copyfile(best / name, temporary)
+        model.set_weights(keras.saving.load_model(best / "model.keras").get_weights())
         table = shared.predict_store(model, store, FINDINGS, variant=step.name, beside=beside(step, store))
         runs.write_table(folder / "predictions.csv", table)
     # Read from the file in any case, so that a resumed run has the very numbers of an undisturbed one.
@@ -226,7 +223,7 @@ def _kept_loss(folder: Path) -> float:
 
 def history(run: Path) -> pd.DataFrame:
     """Histories of all stages of all steps, with `training`, the stage's folder."""
-    folders = sorted(path.parent for path in (run / "variants").glob("*/history.csv"))
+    folders = sorted(path.parent for path in (run / "variants").glob("*-*/history.csv"))
     return pd.concat([pd.read_csv(folder / "history.csv").assign(training=folder.name) for folder in folders])
 
 
@@ -235,7 +232,7 @@ def _slug(name: str) -> str:
 
 
 def baselines(config: Config, store: pipelines.Store) -> dict[str, multilabel.Answer]:
-    """Answers to the test images without a look at them: from patient data, and the previous visit's findings.
+    """Answers to the test images without a look at them: from patient data, the previous visit's findings, and both.
 
     A first visit has no previous findings: there, carrying forward answers that nothing is found.
     """
@@ -244,13 +241,14 @@ def baselines(config: Config, store: pipelines.Store) -> dict[str, multilabel.An
     return {
         **shared.patient_baseline(config, store, FINDINGS),
         metrics.CARRY_FORWARD: multilabel.Answer(carried, np.full(len(FINDINGS), 0.5)),
+        **shared.patient_baseline(config, store, FINDINGS, previous=True),
     }
 
 
 # --- Grad-CAM --------------------------------------------------------------------------------------------------------
 
 
-def boxes_of(store: pipelines.Store, origin: Origin, root) -> pd.DataFrame:
+def boxes_of(store: pipelines.Store, root) -> pd.DataFrame:
     """Boxes of findings on test images, in pixels of the store's images.
 
     Returns:
@@ -260,7 +258,9 @@ def boxes_of(store: pipelines.Store, origin: Origin, root) -> pd.DataFrame:
     rows = pd.Series(np.arange(len(store.manifest)), index=store.manifest["study_id"].to_numpy())
     boxes = data.read_boxes(root)
     boxes = boxes.assign(row=boxes["study_id"].map(rows)).dropna(subset="row").astype({"row": int})
-    boxes = boxes[(store.manifest["split"].to_numpy() == "test")[boxes["row"]]].reset_index(drop=True)
+    tested = (store.manifest["split"].to_numpy() == "test")[boxes["row"]]
+    recorded = [store.manifest.at[row, label] == 1 for row, label in zip(boxes["row"], boxes["label"])]
+    boxes = boxes[tested & np.array(recorded, bool)].reset_index(drop=True)
     corners = ["x", "y", "width", "height"]
     sizes = store.facts[["height", "width"]].to_numpy()[boxes["row"]]
     boxes[corners] = localisation.scale_boxes(boxes[corners].to_numpy(), sizes, store.images.shape[1:])

@@ -172,13 +172,13 @@ def train(variant: Variant, store: pipelines.Store, *, run: Path) -> Trained:
     config, folder = variant.config, runs.variant_folder(run, re.sub(r"[^\w.]+", "-", variant.name))
     if not (folder / "predictions.csv").exists():
         environment.fresh(config.seed)
-        store = undersample(config, store)
+        learnt_from = undersample(config, store)
         model, receipt = build_model(config, variant.network)
-        print(f"{variant.name}: {len(pipelines.rows(store, 'train'))} images to learn from", flush=True)
+        print(f"{variant.name}: {len(pipelines.rows(learnt_from, 'train'))} images to learn from", flush=True)
         if receipt:
             runs.write_json(folder / "weights.json", receipt.as_dict())
         rates = {"epochs": config.epochs, "learning_rate": config.learning_rate}
-        shared.fit(config, model, store, LABELS, folder=folder, **rates)
+        shared.fit(config, model, learnt_from, LABELS, folder=folder, **rates)
         runs.write_json(folder / "cost.json", cost(model, store))
         table = shared.predict_store(model, store, LABELS, variant=variant.name)
         runs.write_table(folder / "predictions.csv", table)

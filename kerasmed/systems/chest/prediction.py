@@ -45,7 +45,9 @@ def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
 def _patients(path: Path, width: int):
     """Function of image paths -> {"patient": values}, from the tables of the data set that `path` lies in."""
     unknown = np.array([np.nan] * len(shared.PATIENT) + [0.0] * (width - len(shared.PATIENT)), np.float32)
-    roots = [each.parent for each in (path.resolve(), *path.resolve().parents) if each.name == "chest"]
+    # As it was named and as it is: a big set may be linked to from elsewhere, under either name.
+    places = [each for start in (path.absolute(), path.resolve()) for each in (start, *start.parents)]
+    roots = [each.parent for each in places if each.name == "chest"]
     root = next((each for each in roots if data.folder(each)), None)
     if root is None:
         logger.warning("no table of patients around %s: age, sex, view and earlier visits are taken as unknown", path)

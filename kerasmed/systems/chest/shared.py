@@ -70,11 +70,18 @@ def split(store: pipelines.Store, *, valid_share: float, seed: int, accepted: Se
     """Keep the official test list, carve validation off the rest by patient, and ask the gate.
 
     Raises:
-        ValueError: no image of the official test list is present.
+        ValueError: no image of the official test list is present, or validation has no finding that tells its images
+            apart, so that nothing could be chosen by it.
         kerasmed.audit.GateError: something that `accepted` does not name.
     """
     manifest = splits.published(store.manifest, LABELS, valid_share=valid_share, seed=seed).drop(columns="leaked")
     parted = store._replace(manifest=manifest)
+    valid = manifest[manifest["split"] == "valid"]
+    if not any(valid[name].nunique() > 1 for name in FINDINGS if name not in unlearnt(parted, FINDINGS)):
+        raise ValueError(
+            f"the {len(valid)} validation images have no finding that some have and others lack, so networks could not "
+            f"be chosen by them; get more of the {len(manifest)} images, or raise `valid_share`."
+        )
     gate(parted, accepted=accepted)
     return parted
 
@@ -201,8 +208,10 @@ def predict_store(
 
 
 def validation_auroc(table: pd.DataFrame) -> float:
-    """Mean AUROC of the findings on validation, of those that occur there: what models are chosen by."""
-    return multilabel.mean_score(table, FINDINGS, split="valid", metric="auroc")
+    """Mean AUROC on validation of the findings that could be learnt and occur there: what models are chosen by."""
+    learnt = table[table["split"] == "train"]
+    names = [name for name in FINDINGS if learnt[f"y_{name}"].nunique() > 1]
+    return multilabel.mean_score(table, names, split="valid", metric="auroc")
 
 
 def choose(candidates: Sequence[training.Trained]) -> training.Trained:
@@ -235,15 +244,23 @@ def subgroups(manifest: pd.DataFrame) -> dict[str, np.ndarray]:
     return {name: mask for name, mask in masks.items() if (mask & tested).any()}
 
 
-def patient_baseline(config, store: pipelines.Store, labels: Sequence[str]) -> dict[str, multilabel.Answer]:
-    """Answer the test images from age, sex and view alone: a logistic regression a label, thresholds by validation."""
+def patient_baseline(
+    config, store: pipelines.Store, labels: Sequence[str], *, previous: bool = False
+) -> dict[str, multilabel.Answer]:
+    """Answer the test images from patient data alone: a logistic regression a label, thresholds by validation.
+
+    Returns:
+        {"patient_data": from age, sex and view}; with `previous`, {"patient_and_previous": from the findings of the
+        previous visit as well}, which is what a network that is given them has to beat.
+    """
     y = targets(store.manifest, labels)
     learnt, valid, test = (pipelines.rows(store, name) for name in ("train", "valid", "test"))
-    values = patient_values(store.manifest, previous=False)
+    values = patient_values(store.manifest, previous=previous)
     asked = np.concatenate([valid, test])
     told = classifiers.logistic_on_table(values[learnt], y[learnt], values[asked], seed=config.seed)
     thresholds = multilabel.tune_thresholds(y[valid], told[: len(valid)])
-    return {metrics.PATIENT: multilabel.Answer(told[len(valid) :], thresholds)}
+    name = metrics.PATIENT_AND_PREVIOUS if previous else metrics.PATIENT
+    return {name: multilabel.Answer(told[len(valid) :], thresholds)}
 
 
 def evaluate(
@@ -251,15 +268,17 @@ def evaluate(
 ) -> list[dict]:
     """Score the test images beside the baselines; `options` of `kerasmed.multilabel.evaluate`.
 
-    Means are over the findings, also where `No Finding` is a label, so that they compare with published ones.
+    Means are over the findings, also where `No Finding` is a label, so that they compare with published ones; a finding
+    of which the training images have one kind only is left out of them, as what a network says of it is its luck.
     """
+    idle = unlearnt(store, FINDINGS)
     return multilabel.evaluate(
         tables,
         store.manifest,
         store.thumbnails,
         labels,
         task=TASK,
-        averaged=FINDINGS,
+        averaged=[name for name in FINDINGS if name not in idle],
         num_draws=config.bootstraps,
         seed=config.seed,
         **options,

@@ -21,6 +21,15 @@ OPTIMIZERS = ("adam", "sgd")
 _SECONDS_A_LINE = 60.0
 
 
+class Variant(NamedTuple):
+    """A training to be done: its name, network and configuration, and the variant that it departs from in one thing."""
+
+    name: str
+    network: str
+    config: object  # of the system
+    reference: str | None
+
+
 class Trained(NamedTuple):
     """What a training left: a network's name (with its stage), its folder's name, history and predictions."""
 

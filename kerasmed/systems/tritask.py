@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -39,7 +38,7 @@ from kerasmed import (
 from kerasmed.datasets import tritask as data
 from kerasmed.manifest import SPLITS, targets
 from kerasmed.parameters import refuse
-from kerasmed.training import Trained
+from kerasmed.training import Trained, Variant
 
 NOTEBOOK = "09_tritask_dedup"  # whose runs `predict` uses
 TASK = "scans"
@@ -133,15 +132,6 @@ class Config:
             refuse(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
         refuse("stop_patience", self.stop_patience, self.stop_patience >= 0, "at least 0")
         refuse("max_quarantined_share", self.max_quarantined_share, 0 <= self.max_quarantined_share <= 1, "0 to 1")
-
-
-class Variant(NamedTuple):
-    """One training: its name, network and configuration, and the variant that it departs from in one thing."""
-
-    name: str
-    network: str
-    config: Config
-    reference: str | None
 
 
 def variants(config: Config) -> list[Variant]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -31,7 +30,7 @@ from kerasmed.manifest import targets
 from kerasmed.parameters import refuse
 from kerasmed.systems.chest import shared
 from kerasmed.systems.chest.shared import LABELS
-from kerasmed.training import Trained
+from kerasmed.training import Trained, Variant
 
 NETWORKS = ("compact", *backbones.NAMES)
 _SMALLEST_SIDE = 32
@@ -98,15 +97,6 @@ class Config:
         refuse("weights_seconds", self.weights_seconds, self.weights_seconds > 0, "more than 0")
         refuse("epochs", self.epochs, self.epochs >= 1, "at least 1")
         shared.refuse_unfit(self)
-
-
-class Variant(NamedTuple):
-    """One training: its name, network and configuration, and the variant that it departs from in one thing."""
-
-    name: str
-    network: str
-    config: Config
-    reference: str | None
 
 
 def variants(config: Config) -> list[Variant]:

@@ -7,7 +7,11 @@ import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import pipelines, runs
+from kerasmed import (
+    fusion,  # noqa: F401  registers the layers that saved models are made of
+    pipelines,
+    runs,
+)
 from kerasmed.datasets import chest as data
 from kerasmed.systems.chest import shared
 

@@ -235,6 +235,13 @@ def test_boxes_of_findings_that_are_not_recorded_are_left_out(source, store):
     assert len(fewer) == len(boxes) - 1 and not ((fewer["row"] == row) & (fewer["label"] == label)).any()
 
 
+def test_boxes_of_a_set_without_boxes_are_none(store, tmp_path):
+    (tmp_path / "chest").mkdir()
+    boxes = fused.boxes_of(store, tmp_path)
+    assert boxes.empty and list(boxes) == ["label", "x", "y", "width", "height", "row"]
+    assert fused.cam_health(_config(FUSION), fused.STEPS[0], store, boxes, None, split="test, boxes") == []
+
+
 @pytest.mark.parametrize(("losses", "kept"), [((0.9, 0.5, 0.7), "whole"), ((0.9, 0.6, 0.4), "unfrozen")])
 def test_train_keeps_the_stage_of_the_lowest_validation_loss(store, tmp_path, monkeypatch, losses, kept):
     run, stages = tmp_path / "run", dict(zip(("head", "whole", "unfrozen"), losses))

@@ -174,7 +174,7 @@ def test_build_loss_weights_are_the_shares_of_the_others():
 
 
 def _image_branch(side=48):
-    whole = models.compact_cnn((side, side), 15, filters=(8, 16, 16, 16), activation="sigmoid")
+    whole = models.compact_cnn((side, side), 15, filters=(16, 32, 32, 32), activation="sigmoid")
     return models.max_pooled(whole)
 
 
@@ -245,7 +245,7 @@ def test_boxes_of_a_set_without_boxes_are_none(store, tmp_path):
 @pytest.mark.parametrize(("losses", "kept"), [((0.9, 0.5, 0.7), "whole"), ((0.9, 0.6, 0.4), "unfrozen")])
 def test_train_keeps_the_stage_of_the_lowest_validation_loss(store, tmp_path, monkeypatch, losses, kept):
     run, stages = tmp_path / "run", dict(zip(("head", "whole", "unfrozen"), losses))
-    earlier = models.compact_cnn((48, 48), 15, filters=(8, 16, 16, 16), activation="sigmoid")
+    earlier = models.compact_cnn((48, 48), 15, filters=(16, 32, 32, 32), activation="sigmoid")
     earlier.save(tmp_path / "earlier.keras")
 
     def fit(config, model, store, labels, *, folder, epochs, learning_rate, beside):
@@ -406,6 +406,24 @@ def test_gradients_reach_the_image_branch_at_start_and_end_of_training(store, tm
             )
             assert history["loss"].iloc[-1] < history["loss"].iloc[0]
     assert min(shares) > 0.01, shares
+
+
+@pytest.mark.slow
+def test_training_on_synthetic_data_learns_the_signs_and_stays_below_the_ceiling(tmp_path):
+    datasets.write_synthetic("chest", tmp_path, patients=500, image_side=64, seed=1)
+    source = datasets.Source(tmp_path, "synthetic")
+    changes = {"image_size": [64, 64], "epochs": 8, "schedule": "cosine", "stop_patience": 8, "networks": ["compact"]}
+    config = _config(**changes, step_only=[], compare_losses=[])
+    store = shared.split(shared.read(source, vars(config)), valid_share=0.15, seed=0, accepted=())
+    (variant, *_) = networks.variants(config)
+    trained = networks.train(variant, store, run=tmp_path / "run")
+    extra = shared.patient_baseline(config, store, shared.LABELS)
+    rows = shared.evaluate(config, {"compact": trained.predictions}, store, shared.LABELS, extra=extra)
+    row = next(row for row in rows if (row["variant"], row["metric"], row["label"]) == ("compact", "auroc", "all"))
+    three_errors = 3 * (row["ci95"][1] - row["ci95"][0]) / 3.92
+    ceiling = datasets.truth("chest", source)["ceiling"]["image"]["test"]
+    assert 0.7 < row["value"] < ceiling + three_errors
+    assert row["baseline"]["difference_ci95"][0] > 0.03, "no better than what knows no image"
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -252,8 +253,8 @@ def save_figure(run: Path, figure, name: str) -> Path:
 
 
 def variant_folder(run: Path, variant: str) -> Path:
-    """Return (and make) the folder of a variant, `variants/<name>`."""
-    path = run / "variants" / variant
+    """Return (and make) the folder of a variant, `variants/<name>`; what suits no file name becomes one "-"."""
+    path = run / "variants" / re.sub(r"[^\w.]+", "-", variant).strip("-")
     path.mkdir(parents=True, exist_ok=True)
     return path
 

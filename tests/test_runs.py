@@ -283,3 +283,10 @@ def test_collect_lists_a_run_with_a_summary_in_one_row_without_numbers(tmp_path)
     assert sorted(table["value"].isna()) == [False, True]
     assert collection.as_text(table).loc[table["value"].isna(), "metric"].tolist() == [""]
     collection.write_html(tmp_path / "t.html", table)
+
+
+def test_variant_folder_is_named_after_the_variant_in_what_suits_a_file_name(tmp_path):
+    names = {"cnn2, no augmentation": "cnn2-no-augmentation", "+ patient": "patient", "image-whole": "image-whole"}
+    for variant, folder in names.items():
+        assert runs.variant_folder(tmp_path, variant) == tmp_path / "variants" / folder
+        assert runs.variant_folder(tmp_path, folder).is_dir()  # a folder's name leads to itself

@@ -8,7 +8,6 @@ The published train and test folders are pooled and split anew by group, because
 slices of patients, or copies of images, that are in training.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -307,7 +306,7 @@ def train(
     """
     planned = stages(config, network)
     names = ["-".join(filter(None, (task, variant, label))) for variant, _, _ in planned]
-    folders = [runs.variant_folder(run, re.sub(r"[^\w.]+", "-", name)) for name in names]
+    folders = [runs.variant_folder(run, name) for name in names]
     if not all((folder / "predictions.csv").exists() for folder in folders):
         environment.fresh(config.seed)
         model, receipt = build_model(config, task, network)

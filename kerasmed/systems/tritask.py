@@ -8,7 +8,6 @@ The labelled validation images that the set comes with are the test here: each i
 stopped, chosen and given their thresholds on a validation split carved off the training images.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -284,7 +283,7 @@ def train(variant: Variant, store: pipelines.Store, *, run: Path) -> Trained:
         store: of `split`; the variant's policy is applied here.
         run: the run folder; the training goes to `variants/<name>`.
     """
-    config, folder = variant.config, runs.variant_folder(run, re.sub(r"[^\w.]+", "-", variant.name))
+    config, folder = variant.config, runs.variant_folder(run, variant.name)
     if not (folder / "predictions.csv").exists():
         environment.fresh(config.seed)
         store = deduplicate(config, store)

@@ -179,8 +179,8 @@ def train(config: Config, step: Step, store: pipelines.Store, origin: Origin, *,
         origin: of `find_origin`.
         run: the run folder; the stages go to `variants/<step>-<stage>`, what is kept of them to `variants/<step>`.
     """
-    folder = runs.variant_folder(run, _slug(step.name))
-    trunk = runs.variant_folder(run, f"{_slug('image')}-whole") / "model.keras"
+    folder = runs.variant_folder(run, step.name)
+    trunk = runs.variant_folder(run, f"{STEPS[0].name}-whole") / "model.keras"
     if not (folder / "predictions.csv").exists():
         environment.fresh(config.seed)
         if step.patient:
@@ -227,10 +227,6 @@ def history(run: Path) -> pd.DataFrame:
     return pd.concat([pd.read_csv(folder / "history.csv").assign(training=folder.name) for folder in folders])
 
 
-def _slug(name: str) -> str:
-    return name.removeprefix("+ ")
-
-
 def baselines(config: Config, store: pipelines.Store) -> dict[str, multilabel.Answer]:
     """Answers to the test images without a look at them: from patient data, the previous visit's findings, and both.
 
@@ -269,7 +265,7 @@ def boxes_of(store: pipelines.Store, root) -> pd.DataFrame:
 
 def load(step: Step, run: Path) -> keras.Model:
     """Load a step's finished model from its file."""
-    return keras.saving.load_model(runs.variant_folder(run, _slug(step.name)) / "model.keras")
+    return keras.saving.load_model(runs.variant_folder(run, step.name) / "model.keras")
 
 
 def source_weights(step: Step, store: pipelines.Store, model: keras.Model) -> pd.DataFrame:

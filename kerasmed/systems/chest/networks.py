@@ -5,7 +5,6 @@ kerasmed run 04_chest_backbones --profile cpu --data-root DIR    what real image
 kerasmed run 04_chest_backbones --data-root DIR               the six with ImageNet weights, for a GPU
 """
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -159,7 +158,7 @@ def train(variant: Variant, store: pipelines.Store, *, run: Path) -> Trained:
         store: of `shared.split`; the variant's undersampling is applied here.
         run: the run folder; the training goes to `variants/<name>`, what it cost to cost.json there.
     """
-    config, folder = variant.config, runs.variant_folder(run, re.sub(r"[^\w.]+", "-", variant.name))
+    config, folder = variant.config, runs.variant_folder(run, variant.name)
     if not (folder / "predictions.csv").exists():
         environment.fresh(config.seed)
         learnt_from = undersample(config, store)

@@ -1,13 +1,26 @@
 import io
+import logging
 import struct
+import subprocess
+import sys
+import traceback
+import types
+import warnings
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
+from pydicom import encaps, uid
+from pydicom.dataset import Dataset, FileMetaDataset
 
 from kerasmed import images
+
+WHEEL = Path(pydicom.__path__[0]) / "data"  # test files that come with the library
+IDENTIFIERS = {"PatientName": "Planted^Patient", "PatientID": "PLANTED-77", "OtherPatientIDs": "PLANTED-78"}
 
 
 @pytest.fixture
@@ -227,3 +240,324 @@ def test_headers_of_no_files_are_an_empty_table(tmp_path):
     assert images.headers(tmp_path, []).columns.tolist() == [
         *("image_path", "bytes", "height", "width", "format", "mode", "bits", "reason")
     ]
+
+
+def _data_set(pixels, *, syntax=uid.ExplicitVRLittleEndian, **tags):
+    """A data set of an array (H, W) or (H, W, 3), native or already encoded, with identifiers; None drops a tag."""
+    data_set = Dataset()
+    data_set.file_meta = FileMetaDataset()
+    data_set.file_meta.TransferSyntaxUID = syntax
+    data_set.SOPClassUID, data_set.SOPInstanceUID = uid.ComputedRadiographyImageStorage, uid.generate_uid()
+    bits, grey = 8 * pixels.itemsize, pixels.ndim == 2
+    told = {"Rows": pixels.shape[0], "Columns": pixels.shape[1], "SamplesPerPixel": 1 if grey else 3}
+    told |= {"PhotometricInterpretation": "MONOCHROME2" if grey else "RGB", "PixelRepresentation": 0}
+    told |= {"BitsAllocated": bits, "PlanarConfiguration": None if grey else 0, "PixelData": pixels.tobytes()}
+    told |= {"BitsStored": bits, **IDENTIFIERS, **tags}
+    told.setdefault("HighBit", (told["BitsStored"] or 1) - 1)
+    for name, value in told.items():
+        if value is not None:
+            setattr(data_set, name, value)
+    data_set["PixelData"].VR = "OW" if bits > 8 else "OB"
+    data_set["PixelData"].is_undefined_length = syntax not in uid.UncompressedTransferSyntaxes
+    return data_set
+
+
+def _dicom(path, pixels, **tags):
+    _data_set(pixels, **tags).save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_read_8_bit_dicom_returns_its_pixels(tmp_path, ramp):
+    path = _dicom(tmp_path / "a.dcm", ramp, RescaleSlope=1, RescaleIntercept=0, WindowCenter=50, WindowWidth=20)
+    np.testing.assert_array_equal(images.read(path), ramp)
+    np.testing.assert_array_equal(images.read(_dicom(tmp_path / "no suffix", ramp)), ramp)
+    in_16 = _dicom(tmp_path / "b.dcm", ramp.astype(np.uint16) // 2, BitsStored=8)
+    np.testing.assert_array_equal(images.read(in_16), ramp // 2)
+
+
+def test_read_monochrome1_dicom_is_inverted(tmp_path, ramp):
+    path = _dicom(tmp_path / "a.dcm", ramp, PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(images.read(path), 255 - ramp)
+    deep = np.array([[100, 200], [300, 1100]], np.uint16)
+    path = _dicom(tmp_path / "b.dcm", deep, PhotometricInterpretation="MONOCHROME1", BitsStored=12)
+    # (1100 - x) · 255 / 1000, rounded
+    np.testing.assert_array_equal(images.read(path), [[255, 230], [204, 0]])
+
+
+def test_read_12_bit_dicom_equals_the_16_bit_png_of_its_pixels(tmp_path, ramp):
+    deep = ramp.astype(np.uint16) * 9 + 700
+    want = images.read(_png(tmp_path / "d.png", deep))
+    np.testing.assert_array_equal(images.read(_dicom(tmp_path / "d.dcm", deep, BitsStored=12)), want)
+    signed = _dicom(tmp_path / "s.dcm", deep.astype(np.int16) - 2000, PixelRepresentation=1)
+    np.testing.assert_array_equal(images.read(signed), want)
+    assert want.max() == 255 and not want.min()
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(2.5, -1024), (-0.5, 40)])
+def test_read_rescaled_dicom_scales_the_rescaled_range(tmp_path, ramp, slope, intercept):
+    narrow = ramp // 2 + 60  # 60 to 187
+    got = images.read(_dicom(tmp_path / "a.dcm", narrow, RescaleSlope=slope, RescaleIntercept=intercept))
+    want = (narrow - 60) * (255 / 127)
+    np.testing.assert_array_equal(got, np.rint(want if slope > 0 else 255 - want))
+
+
+def test_read_dicom_with_modality_table_looks_pixels_up(tmp_path):
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType, table.LUTData = [4, 0, 16], "US", [0, 100, 400, 1000]
+    table["LUTDescriptor"].VR = table["LUTData"].VR = "US"
+    path = _dicom(tmp_path / "a.dcm", np.array([[0, 1], [2, 3]], np.uint8), ModalityLUTSequence=[table])
+    np.testing.assert_array_equal(images.read(path), [[0, 26], [102, 255]])  # 255 · 0, 0.1, 0.4 and 1, rounded
+
+
+def test_read_one_bit_dicom_is_black_and_white(tmp_path):
+    square = np.eye(8, dtype=np.uint8)
+    packed = np.packbits(square, bitorder="little").tobytes()
+    path = _dicom(tmp_path / "a.dcm", square, BitsAllocated=1, BitsStored=1, PixelData=packed)
+    np.testing.assert_array_equal(images.read(path), 255 * square)
+
+
+def test_read_constant_deep_dicom_is_black(tmp_path):
+    for name in ("MONOCHROME1", "MONOCHROME2"):
+        path = _dicom(tmp_path / "a.dcm", np.full((4, 4), 700, np.uint16), PhotometricInterpretation=name)
+        assert not images.read(path).any()
+
+
+def test_read_color_dicom_returns_luma_by_hand(tmp_path):
+    rgb = np.full((4, 4, 3), (200, 100, 50), np.uint8)
+    assert (images.read(_dicom(tmp_path / "a.dcm", rgb)) == 124).all()  # 0.299·200 + 0.587·100 + 0.114·50 = 124.2
+    planes = {"PlanarConfiguration": 1, "PixelData": rgb.transpose(2, 0, 1).tobytes()}
+    assert (images.read(_dicom(tmp_path / "b.dcm", rgb, **planes)) == 124).all()
+    ybr = cv2.cvtColor(rgb, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]]
+    got = images.read(_dicom(tmp_path / "c.dcm", ybr, PhotometricInterpretation="YBR_FULL"))
+    np.testing.assert_allclose(got, 124, atol=1)  # chroma is rounded on the way
+    tables = {"PhotometricInterpretation": "PALETTE COLOR", "SamplesPerPixel": 1}
+    for colour, value in (("Red", 200), ("Green", 100), ("Blue", 50)):
+        tables[f"{colour}PaletteColorLookupTableDescriptor"] = [2, 0, 8]
+        tables[f"{colour}PaletteColorLookupTableData"] = bytes([0, value])
+    got = images.read(_dicom(tmp_path / "d.dcm", np.eye(4, dtype=np.uint8), **tables))
+    np.testing.assert_array_equal(got, 124 * np.eye(4))
+
+
+@pytest.mark.parametrize("syntax", [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian])
+def test_read_bare_dicom_is_known_by_its_suffix(tmp_path, ramp, syntax):
+    data_set = _data_set(ramp)
+    del data_set.file_meta
+    explicit, little = syntax != uid.ImplicitVRLittleEndian, syntax != uid.ExplicitVRBigEndian
+    for name in ("a.DCM", "a.dicom", "a"):
+        data_set.save_as(tmp_path / name, implicit_vr=not explicit, little_endian=little)
+    assert images.read_header(tmp_path / "a.DCM") == (40, 50, "DICOM", "L", 8)
+    for name in ("a.DCM", "a.dicom"):
+        np.testing.assert_array_equal(images.read(tmp_path / name), ramp)
+        with open(tmp_path / name, "rb") as file:
+            np.testing.assert_array_equal(images.read(file), ramp)
+    with pytest.raises(images.ImageError, match="not an image"):
+        images.read(tmp_path / "a")
+
+
+def test_read_other_files_with_dicom_suffix(tmp_path, ramp):
+    path = _png(tmp_path / "a.png", ramp).rename(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(images.read(path), ramp)
+    assert images.read_header(path).format == "PNG"
+    for content, reason in ((b"", "empty file"), (b"text", "not an image"), (b"\0" * 128 + b"DICM", "Rows is absent")):
+        path.write_bytes(content)
+        with pytest.raises(images.ImageError, match=reason):
+            images.read(path)
+        with pytest.raises(images.ImageError, match=reason):
+            images.read_header(path)
+
+
+def test_read_dicom_from_memory_equals_read_from_disk(tmp_path, ramp):
+    path = _dicom(tmp_path / "a.dcm", ramp)
+    options = {"image_size": (9, 9), "fit": "pad"}
+    got = images.read(io.BytesIO(path.read_bytes()), **options)
+    np.testing.assert_array_equal(got, images.read(path, **options))
+    np.testing.assert_array_equal(got, images.finish(ramp, **options))
+
+
+@pytest.mark.parametrize("syntax", [uid.JPEGBaseline8Bit, uid.RLELossless, uid.DeflatedExplicitVRLittleEndian])
+def test_read_compressed_dicom(tmp_path, ramp, syntax):
+    if syntax == uid.JPEGBaseline8Bit:
+        data = encaps.encapsulate([cv2.imencode(".jpg", ramp, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()])
+        _dicom(tmp_path / "a.dcm", ramp, syntax=syntax, PixelData=data)
+    elif syntax == uid.RLELossless:
+        data_set = _data_set(ramp)
+        data_set.compress(syntax)
+        data_set.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    else:
+        _dicom(tmp_path / "a.dcm", ramp, syntax=syntax)
+    # JPEG at quality 100 rounds
+    atol = 2 if syntax == uid.JPEGBaseline8Bit else 0
+    np.testing.assert_allclose(images.read(tmp_path / "a.dcm").astype(int), ramp, atol=atol)
+
+
+DAMAGES = {
+    "frames": ({"NumberOfFrames": 3}, "3 frames in a DICOM file, where one is expected"),
+    "frame that is not told": ({"Rows": 20}, "2000 bytes of pixels, where 50×20 take 1000"),
+    "a row less": ({"Rows": 39}, "2000 bytes of pixels, where 50×39 take 1950"),
+    "a column less": ({"Columns": 49}, "2000 bytes of pixels, where 49×40 take 1960"),
+    "a column more": ({"Columns": 51}, "2000 bytes of pixels, where 51×40 take 2040"),
+    "no rows": ({"Rows": None}, "Rows is absent or no positive number"),
+    "zero columns": ({"Columns": 0}, "Columns is absent or no positive number"),
+    "two numbers": ({"Columns": [50, 50]}, "Columns is absent or no positive number"),
+    "empty pixels": ({"PixelData": b""}, "no pixel data"),
+    "samples": ({"SamplesPerPixel": 3}, "DICOM of 3 SamplesPerPixel and a PhotometricInterpretation that is none of"),
+    "photometric": ({"PhotometricInterpretation": "PLANTED"}, r"none of MONOCHROME1 \(1\), .*YBR_RCT \(3\)"),
+    "bits": ({"BitsAllocated": 12, "PixelData": bytes(3000)}, "damaged DICOM"),
+    "high bit": ({"HighBit": 15}, "BitsStored 8, but a HighBit that is not one less"),
+    "slope": ({"RescaleSlope": 0, "RescaleIntercept": 1}, "RescaleSlope is 0"),
+    "slopes": ({"RescaleSlope": [1, 2], "RescaleIntercept": 1}, r"damaged DICOM \(TypeError in pydicom\)"),
+    "no palette": ({"PhotometricInterpretation": "PALETTE COLOR"}, r"damaged DICOM \(ValueError in pydicom\)"),
+    "video": ({"syntax": uid.MPEG2MPML}, "no decoder for DICOM pixels in MPEG2 Main Profile / Main Level"),
+    "no JPEG": ({"syntax": uid.JPEGBaseline8Bit}, r"damaged DICOM pixels in JPEG Baseline"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_read_damaged_dicom_says_why_and_names_no_patient(tmp_path, ramp, name, caplog, recwarn):
+    tags, reason = DAMAGES[name]
+    if "syntax" in tags:
+        tags = {"PixelData": encaps.encapsulate([bytes(100)])} | tags
+    path = _dicom(tmp_path / "a.dcm", ramp, **tags)
+    caplog.clear(), recwarn.clear()
+    with caplog.at_level(logging.DEBUG), pytest.raises(images.ImageError, match=reason) as caught:
+        images.read(path)
+    assert not len(recwarn) and not caplog.records
+    assert "planted" not in "".join(traceback.format_exception(caught.value)).lower()
+
+
+def test_read_dicom_in_an_unknown_transfer_syntax_does_not_quote_it(tmp_path, ramp):
+    path = _dicom(tmp_path / "a.dcm", ramp, syntax=uid.JPEGBaseline8Bit, PixelData=encaps.encapsulate([bytes(100)]))
+    path.write_bytes(path.read_bytes().replace(uid.JPEGBaseline8Bit.encode(), b"1.2.840.10008.1.2.4.77"))
+    with pytest.raises(images.ImageError, match="no decoder for DICOM pixels in an unknown transfer syntax;"):
+        images.read(path)
+
+
+def test_read_dicom_takes_no_identifier_of_the_header(tmp_path, ramp, monkeypatch):
+    parsed = []
+    parse = images._parse_dicom
+    monkeypatch.setattr(images, "_parse_dicom", lambda *args, **options: parsed.append(parse(*args, **options)))
+    with pytest.raises(images.ImageError):
+        images.read(_dicom(tmp_path / "a.dcm", ramp))
+    assert parsed and "Rows" in parsed[0] and not any(name in parsed[0] for name in IDENTIFIERS)
+    # A bare data set whose first element is the name, and which is no image
+    bare = Dataset()
+    bare.PatientName = IDENTIFIERS["PatientName"]
+    bare.save_as(tmp_path / "b.dcm", implicit_vr=True, little_endian=True)
+    with pytest.raises(images.ImageError) as caught:
+        images.read_header(tmp_path / "b.dcm")
+    assert "Plan" not in str(caught.value) and b"Planted" in (tmp_path / "b.dcm").read_bytes()
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_read_truncated_dicom_is_refused_wherever_it_is_cut(tmp_path, ramp, encoded):
+    data_set = _data_set(ramp)
+    if encoded:
+        data_set.compress(uid.RLELossless)
+    data_set.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    whole = (tmp_path / "a.dcm").read_bytes()
+    for length in range(132, len(whole) - 8, 37):
+        with pytest.raises(images.ImageError, match="cut off|absent|damaged DICOM"):
+            images.read(io.BytesIO(whole[:length]))
+
+
+def test_read_dicom_whose_compressed_pixels_have_another_size_is_refused(tmp_path, ramp):
+    data = encaps.encapsulate([cv2.imencode(".jpg", ramp)[1].tobytes()])
+    turned = _dicom(tmp_path / "a.dcm", ramp, syntax=uid.JPEGBaseline8Bit, PixelData=data, Rows=50, Columns=40)
+    with pytest.raises(images.ImageError, match="50×40 DICOM pixels, where Columns and Rows are 40×50"):
+        images.read(turned)
+    data_set = _data_set(ramp)
+    data_set.compress(uid.RLELossless)
+    for rows in (39, 41):
+        data_set.Rows = rows
+        data_set.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+        with pytest.raises(images.ImageError, match="damaged DICOM pixels in RLE Lossless"):
+            images.read(tmp_path / "a.dcm")
+
+
+def test_read_dicom_without_an_installed_decoder_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(pydicom.pixels, "get_decoder", lambda syntax: types.SimpleNamespace(is_available=False))
+    with pytest.raises(images.ImageError, match="JPEG-LS Lossless Image Compression; the extra `dicom` installs"):
+        images.read(WHEEL / "test_files/MR_small_jpeg_ls_lossless.dcm")
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.DeflatedExplicitVRLittleEndian])
+def test_read_dicom_bomb_is_refused_before_decoding(tmp_path, monkeypatch, syntax):
+    path = _dicom(tmp_path / "a.dcm", np.zeros((30, 30), np.uint8), syntax=syntax)
+    monkeypatch.setattr(images, "MAX_PIXELS", 200)
+    monkeypatch.setattr(pydicom.pixels, "pixel_array", None)
+    with pytest.raises(images.ImageError, match="30×30 pixels, more than the 200|deflated DICOM of more than 800"):
+        images.read(path)
+
+
+def test_read_randomly_damaged_dicom_is_read_or_refused(tmp_path, ramp, rng):
+    whole = np.frombuffer(_dicom(tmp_path / "a.dcm", ramp, RescaleSlope=2, RescaleIntercept=1).read_bytes(), np.uint8)
+    outcomes = set()
+    for _ in range(400):
+        damaged = whole.copy()
+        # The header alone: bytes of the pixels may be any
+        damaged[rng.integers(128, len(whole) - 2000, 3)] = rng.integers(0, 256, 3)
+        try:
+            images.read(io.BytesIO(damaged.tobytes()))
+            outcomes.add("read")
+        except images.ImageError as error:
+            assert "planted" not in str(error).lower()
+            outcomes.add(str(error).split()[0])
+    assert len(outcomes) > 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("dicomdirtests/77654033/CR1/6154", "dicomdirtests/77654033/CR2/6247", "dicomdirtests/77654033/CR3/6278"),
+        *("MR_small.dcm", "MR_small_bigendian.dcm", "MR_small_implicit.dcm", "MR_small_RLE.dcm", "CT_small.dcm"),
+    ],
+)
+def test_read_real_dicom_equals_its_definition(name):
+    data_set = pydicom.dcmread(WHEEL / "test_files" / name)
+    values = data_set.pixel_array.astype(float)
+    share = (values - values.min()) / np.ptp(values)
+    # The radiographs are MONOCHROME1; slopes are positive in all of these.
+    assert (data_set.PhotometricInterpretation == "MONOCHROME1") == ("CR" in name)
+    got = images.read(WHEEL / "test_files" / name)
+    np.testing.assert_array_equal(got, np.rint(255 * (1 - share if "CR" in name else share)))
+
+
+def test_read_every_file_of_the_wheel_is_read_or_refused(caplog):
+    paths = sorted(path for path in WHEEL.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc"))
+    read = []
+    with warnings.catch_warnings(), caplog.at_level(logging.DEBUG, "pydicom"):
+        warnings.simplefilter("error")
+        for path in paths:
+            try:
+                picture = images.read(path)
+            except images.ImageError as error:
+                assert str(error), path
+                continue
+            assert picture.dtype == np.uint8 and picture.shape == images.read_header(path)[:2], path
+            read.append(path.name)
+    assert len(read) > 70 and len(paths) > 150
+    assert not [record for record in caplog.records if record.name.startswith("pydicom")]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("CT_small.dcm", (128, 128, "DICOM", "L", 16)),
+        ("dicomdirtests/77654033/CR1/6154", (16, 16, "DICOM", "L", 12)),
+        ("examples_rgb_color.dcm", (240, 320, "DICOM", "RGB", 8)),
+        ("MR_truncated.dcm", (64, 64, "DICOM", "L", 16)),  # of which only `read` finds out
+    ],
+)
+def test_read_header_of_dicom_says_size_and_depth(name, expected):
+    assert images.read_header(WHEEL / "test_files" / name) == expected
+
+
+def test_headers_of_dicom_give_reasons():
+    table = images.headers(WHEEL / "test_files", ["MR_small.dcm", "rtplan.dcm"])
+    assert table["format"][0] == "DICOM" and table["reason"][0] == ""
+    assert table["reason"][1] == "no image in this DICOM file: Rows is absent or no positive number"
+
+
+def test_images_import_leaves_pydicom_out():
+    code = "import sys, kerasmed.images; sys.exit('pydicom' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -12,31 +12,52 @@ from kerasmed.plots import COLOURS, panels
 
 GREY = "#8a8a8a"  # of baselines, and of what is unknown
 MARKERS = "osD^vP"
+METRICS = {"auroc": "AUROC", "f1": "F1", "kappa": "Cohen's kappa"}  # as they are written, where not as they are spelt
+DASHES = ((0, (4, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (8, 2)), (0, (2, 2)))  # of published values
 
 
-def intervals(rows: Sequence[Mapping], *, metric: str, title: str, labels: Sequence[str]) -> Figure:
-    """Draw a metric of each label, value and 95 % interval: variants in colours, baselines in grey.
+def intervals(
+    rows: Sequence[Mapping],
+    *,
+    metric: str,
+    title: str,
+    labels: Sequence[str],
+    by: str = "label",
+    names: Mapping[str, str] | None = None,
+    published: Mapping[str, float] | None = None,
+) -> Figure:
+    """Draw a metric of each label, or of each split, value and 95 % interval: variants in colours, baselines in grey.
 
     Args:
-        rows: of `kerasmed.multilabel.rows`, of one task and split; an undefined value leaves its place empty. Up to six
-            variants can be told apart.
+        rows: of `kerasmed.multilabel.rows`, of one task and split, or with `by` "split" of one task and label; an
+            undefined value leaves its place empty. Up to six variants can be told apart.
         metric: which one.
         title: of the figure.
-        labels: from top to bottom, such as ("all", *class_names).
+        labels: the lines, from top to bottom: labels such as ("all", *class_names), or with `by` "split" splits such as
+            ("test", "test, XR_ELBOW").
+        by: the field of the rows that makes the lines, "label" or "split".
+        names: label or split -> what its line is called, where not as it is spelt.
+        published: name -> value as published, a dashed tick each over the first line, which is to be the whole; up to
+            five can be told apart.
 
     Raises:
-        ValueError: no row has the metric and one of the labels, or a variant has a label twice.
+        ValueError: another `by`, no row has the metric and one of the labels, or a variant has a line twice.
     """
-    chosen = [row for row in rows if row["metric"] == metric and row["label"] in labels]
-    found = {(row["variant"], row["label"]): row for row in chosen}
+    if by not in ("label", "split"):
+        raise ValueError(f"`by` is {by!r}; expected 'label' or 'split'.")
+    chosen = [row for row in rows if row["metric"] == metric and row[by] in labels]
+    found = {(row["variant"], row[by]): row for row in chosen}
     variants = list(dict.fromkeys(row["variant"] for row in chosen))
     if not found or len(found) < len(chosen):
-        splits = sorted({row["split"] for row in chosen})
+        other = "split" if by == "label" else "label"
+        others = sorted({row[other] for row in chosen})
         raise ValueError(
-            f"{len(chosen)} rows of {metric} for {len(found)} places, splits {splits}; expected at least one, and one "
-            "a label and variant: pass the rows of one task and split."
+            f"{len(chosen)} rows of {metric} for {len(found)} places, {other}s {others}; expected at least one, and "
+            f"one a {by} and variant: pass the rows of one task and {other}."
         )
-    figure, axes = panels(7.5, len(labels) * (0.11 * len(variants) + 0.14) + 1.2)
+    published, names = published or {}, names or {}
+    height = len(labels) * (0.11 * len(variants) + 0.14) + 1.2
+    figure, axes = panels(7.5, height + 0.18 * -(-len(published) // 3))  # room for its part of the legend
     axis = axes[0, 0]
     for place in range(0, len(labels), 2):
         axis.axhspan(place - 0.5, place + 0.5, color="#f1f1f1", linewidth=0, zorder=0)
@@ -53,9 +74,12 @@ def intervals(rows: Sequence[Mapping], *, metric: str, title: str, labels: Seque
         axis.plot(values, heights, MARKERS[number % len(MARKERS)], **options)
     if metric == "auroc":
         axis.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
-    axis.set_yticks(range(len(labels)), [label.replace("_", " ") for label in labels], fontsize=9)
-    name = {"auroc": "AUROC", "f1": "F1"}.get(metric, metric.replace("_", " "))
-    axis.set(xlabel=f"{name}, 95 % interval over groups", ylim=(len(labels) - 0.5, -0.5))
+    for (name, value), dashes in zip(published.items(), itertools.cycle(DASHES)):
+        axis.vlines(value, -0.5, 0.5, color="black", linewidth=1, linestyle=dashes, label=f"{name}: {value:.3f}")
+    axis.set_yticks(range(len(labels)), [names.get(label, label.replace("_", " ")) for label in labels], fontsize=9)
+    spelt = metric.removesuffix("_at_half")
+    written = METRICS.get(spelt, spelt.replace("_", " ")) + (" at 0.5" if spelt != metric else "")
+    axis.set(xlabel=f"{written}, 95 % interval over groups", ylim=(len(labels) - 0.5, -0.5))
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)

@@ -17,7 +17,8 @@ MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC = "majority", "all_positive", "ne
 PATIENT = "patient_data"  # a model on age, sex and view, which sees no image
 CARRY_FORWARD = "carry_forward"  # the findings of the patient's previous visit
 PATIENT_AND_PREVIOUS = "patient_and_previous"  # a model on both, which sees no image
-BASELINES = (MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC, PATIENT, CARRY_FORWARD, PATIENT_AND_PREVIOUS)
+TYPE_SHARE = "type_share"  # the share of abnormal training studies of the study's own type
+BASELINES = (MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC, PATIENT, CARRY_FORWARD, PATIENT_AND_PREVIOUS, TYPE_SHARE)
 _CHUNK = 2**22  # weights looked at together: what bounds the memory of `ranking`, at 32 MB an array
 
 
@@ -141,6 +142,29 @@ def ranking(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Divide, element by element; NaN where the denominator is not above 0."""
     return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)
+
+
+def kappa(tp: np.ndarray, fn: np.ndarray, fp: np.ndarray, tn: np.ndarray) -> np.ndarray:
+    """Cohen's kappa of a yes-or-no answer: the agreement with the truth beyond what chance would give.
+
+    κ = (p_o − p_e) / (1 − p_e), with the share of right answers p_o and the share p_e that would be right by chance, if
+    truth and answer kept their shares and knew nothing of each other. Here without a difference of near shares:
+    κ = 2 (tp · tn − fn · fp) / ((tp + fp)(fp + tn) + (tp + fn)(fn + tn)).
+
+    Args:
+        tp, fn, fp, tn: how many are found, missed, falsely found and rightly left; arrays of one shape.
+
+    Returns:
+        float64 array of that shape, at most 1, and 0 where all answers are the same but the truth is not; NaN where
+        p_e = 1, as truth and answers are all of one class, and where there is nothing to answer.
+
+    Example:
+        >>> kappa(*np.array([[20], [5], [10], [15]])).tolist()
+        [0.4]
+
+    Source: Cohen 1960, doi:10.1177/001316446002000104.
+    """
+    return ratio(2 * (tp * tn - fn * fp), (tp + fp) * (fp + tn) + (tp + fn) * (fn + tn))
 
 
 def multiclass(

@@ -2,7 +2,8 @@
 
 Labels are 1, 0 or NaN (unknown), which leaves a row out of that label only. `scores`, `rows` and `tune_thresholds`
 work on arrays; the rest on a table of predictions as of `kerasmed.predictions` (`tabulate` makes it, `read` reads
-it), where the p_<class> of a row need not sum to 1.
+it), where the p_<class> of a row need not sum to 1. What is scored is called an image here; rows may as well be studies
+(`kerasmed.studies`).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -18,6 +19,8 @@ from kerasmed.manifest import targets
 ON_PIXELS = (metrics.NEAREST_NEIGHBOUR, metrics.SVC)
 # Metrics of a label that need no threshold.
 RANKED = ("average_precision", "auroc")
+# Metrics of a label that may be asked for at threshold 0.5 as well.
+AT_HALF = ("f1", "accuracy", "sensitivity", "specificity", "precision", "kappa")
 
 
 class Answer(NamedTuple):
@@ -35,14 +38,15 @@ def scores(
     weights: np.ndarray,
     *,
     averaged: Sequence[str] | None = None,
+    at_half: Sequence[str] = ("f1",),
 ) -> dict:
     """Compute the metrics of independent labels under each row of weights.
 
-    Of each label, over the rows where it is known: F1 = 2tp / (2tp + fp + fn), F1 at threshold 0.5 whatever the
-    thresholds ("f1_at_half"), average precision, AUROC, accuracy, sensitivity (recall), specificity, precision. A
-    metric is NaN where its denominator is 0: F1 where the label is neither present nor answered. "all" is the mean over
-    the labels in which a metric is defined, draw by draw, so ("f1", "all") is what is elsewhere called macro F1 or mean
-    F1.
+    Of each label, over the rows where it is known: F1 = 2tp / (2tp + fp + fn), average precision, AUROC, accuracy,
+    sensitivity (recall), specificity, precision, Cohen's kappa. A metric is NaN where its denominator is 0: F1 where
+    the label is neither present nor answered, kappa where all rows and all answers are of one class. "all" is the mean
+    over the labels in which a metric is defined, draw by draw, so ("f1", "all") is what is elsewhere called macro F1 or
+    mean F1; a single label has no such mean.
 
     Args:
         y_true: float array, shape (num_images, num_labels): 1 present, 0 absent, NaN unknown, which leaves the row out
@@ -52,27 +56,30 @@ def scores(
         class_names: of the labels.
         weights: shape (num_draws, num_images); a row of ones gives the plain metrics.
         averaged: the labels that the means are over; None for all of them.
+        at_half: of `AT_HALF`, given at threshold 0.5 as well, whatever the thresholds, as "<metric>_at_half".
 
     Returns:
         dict (metric, label) -> float array (num_draws,), first the means, whose label is "all".
+
+    Raises:
+        ValueError: `at_half` names another metric.
     """
+    strange = [metric for metric in at_half if metric not in AT_HALF]
+    if strange:
+        raise ValueError(f"`at_half` names {strange}; expected some of {AT_HALF}: no other depends on the threshold.")
     counted = np.isin(list(class_names), list(class_names if averaged is None else averaged))
-    tp, fn, fp, tn = _counts(y_true, probabilities >= np.asarray(thresholds), weights)
-    tp_at_half, fn_at_half, fp_at_half, _ = _counts(y_true, probabilities >= 0.5, weights)
+    decided = _decided(y_true, probabilities >= np.asarray(thresholds), weights)
+    halved = _decided(y_true, probabilities >= 0.5, weights) if at_half else {}
     ranked = [metrics.ranking(truth, told, weights) for truth, told in zip(y_true.T, probabilities.T)]
     areas, averages = (np.stack(each, axis=1) for each in zip(*ranked))
     per_label = {
-        "f1": metrics.ratio(2 * tp, 2 * tp + fp + fn),
-        "f1_at_half": metrics.ratio(2 * tp_at_half, 2 * tp_at_half + fp_at_half + fn_at_half),
+        "f1": decided["f1"],
+        **{f"{metric}_at_half": halved[metric] for metric in at_half},
         "average_precision": averages,
         "auroc": areas,
-        "accuracy": metrics.ratio(tp + tn, tp + fp + fn + tn),
-        "sensitivity": metrics.ratio(tp, tp + fn),
-        "specificity": metrics.ratio(tn, tn + fp),
-        "precision": metrics.ratio(tp, tp + fp),
-    }
+    } | decided
     results = {}
-    for metric, values in per_label.items():
+    for metric, values in per_label.items() if len(class_names) > 1 else ():
         among = values[:, counted]
         results[metric, "all"] = metrics.ratio(np.nansum(among, axis=1), np.isfinite(among).sum(axis=1))
     for position, name in enumerate(class_names):
@@ -80,10 +87,18 @@ def scores(
     return results
 
 
-def _counts(y_true, answered, weights) -> list[np.ndarray]:
-    """tp, fn, fp and tn of each label, each float64 (num_draws, num_labels)."""
+def _decided(y_true, answered, weights) -> dict[str, np.ndarray]:
+    """The metrics `AT_HALF` of yes-or-no answers, each float64 (num_draws, num_labels)."""
     cells = [truth & told for truth in (y_true == 1, y_true == 0) for told in (answered, ~answered)]
-    return [(weights @ cell.astype(np.float32)).astype(np.float64) for cell in cells]
+    tp, fn, fp, tn = [(weights @ cell.astype(np.float32)).astype(np.float64) for cell in cells]
+    return {
+        "f1": metrics.ratio(2 * tp, 2 * tp + fp + fn),
+        "accuracy": metrics.ratio(tp + tn, tp + fp + fn + tn),
+        "sensitivity": metrics.ratio(tp, tp + fn),
+        "specificity": metrics.ratio(tn, tn + fp),
+        "precision": metrics.ratio(tp, tp + fp),
+        "kappa": metrics.kappa(tp, fn, fp, tn),
+    }
 
 
 def tune_thresholds(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -153,6 +168,7 @@ def rows(
     task: str,
     split: str = "test",
     averaged: Sequence[str] | None = None,
+    at_half: Sequence[str] = ("f1",),
     reference: str | Mapping[str, str] | None = None,
     num_draws: int = metrics.BOOTSTRAPS,
     seed: int = 0,
@@ -164,15 +180,15 @@ def rows(
         answers: variant -> `Answer`; at least one of `kerasmed.metrics.BASELINES` among the variants.
         groups: shape (num_images,), for the bootstrap.
         class_names: of the labels.
-        averaged: of `scores`.
+        averaged, at_half: of `scores`.
         task, split, reference, num_draws, seed: as in `kerasmed.metrics.multiclass_rows`.
 
     Returns:
         Rows as of `kerasmed.metrics.multiclass_rows`, with the metrics of `scores`; n counts all images, known or not.
 
     Raises:
-        ValueError: no baseline, no image, a label that is not 1, 0 or NaN, a probability outside [0, 1], or a shape
-            that does not fit.
+        ValueError: no baseline, no image, a label that is not 1, 0 or NaN, a probability outside [0, 1], a shape that
+            does not fit, or a metric that has no threshold in `at_half`.
     """
     y_true = np.asarray(y_true, np.float64)
     for name, answer in answers.items():
@@ -189,12 +205,12 @@ def rows(
             return "undefined of every label"
         if not known[label]:
             return f"{label} is unknown in the {split} split"
-        if metric == "precision":
+        if metric.removesuffix("_at_half") == "precision":
             return "never predicted"
         return f"{'no image without' if present[label] else 'no'} {label} in the {split} split"
 
     def score(answer, weights):
-        return scores(y_true, *answer, class_names, weights, averaged=averaged)
+        return scores(y_true, *answer, class_names, weights, averaged=averaged, at_half=at_half)
 
     options = {"task": task, "split": split, "reference": reference, "num_draws": num_draws, "seed": seed}
     return metrics.compared_rows(answers, groups, score, why, **options)
@@ -269,7 +285,8 @@ def mean_score(
         raise ValueError(f"`metric` is {metric!r}; expected one of {RANKED}, which need no threshold.")
     truth, probabilities = truth_and_probabilities(_rows_of(table, split), class_names)
     once, half = np.ones((1, len(truth)), np.float32), np.full(len(class_names), 0.5)
-    value = float(scores(truth, probabilities, half, class_names, once)[metric, "all"][0])
+    label = "all" if len(class_names) > 1 else class_names[0]
+    value = float(scores(truth, probabilities, half, class_names, once, at_half=())[metric, label][0])
     if np.isnan(value):
         kinds = "a positive" if metric == "average_precision" else "a positive and a negative"
         raise ValueError(f"none of {list(class_names)} has {kinds} in the {split} split, which {metric} needs.")
@@ -284,7 +301,10 @@ def _rows_of(table, split) -> pd.DataFrame:
 
 
 def baselines(
-    y_train: np.ndarray, num_rows: int, thumbnails_train: np.ndarray, thumbnails_rows: np.ndarray
+    y_train: np.ndarray,
+    num_rows: int,
+    thumbnails_train: np.ndarray | None = None,
+    thumbnails_rows: np.ndarray | None = None,
 ) -> dict[str, Answer]:
     """Answer images without a model, learnt from the training images.
 
@@ -297,7 +317,7 @@ def baselines(
     Args:
         y_train: float array, shape (num_train, num_labels): 1, 0 or NaN.
         num_rows: how many images to answer.
-        thumbnails_train: uint8, shape (num_train, height, width).
+        thumbnails_train: uint8, shape (num_train, height, width); None, here and below, for no nearest neighbour.
         thumbnails_rows: uint8, shape (num_rows, height, width).
 
     Returns:
@@ -306,28 +326,38 @@ def baselines(
     Raises:
         ValueError: the counts of labels and thumbnails differ, or there is no training image.
     """
-    if (len(thumbnails_train), len(thumbnails_rows)) != (len(y_train), num_rows):
-        raise ValueError(
-            f"{len(thumbnails_train)} training thumbnails beside {len(y_train)} rows of labels, and "
-            f"{len(thumbnails_rows)} others beside {num_rows} rows; one thumbnail a row is expected."
-        )
+    if num_rows and not len(y_train):
+        raise ValueError("there is no training image for baselines to learn from; change the shares of the split.")
     num_labels = y_train.shape[1]
     majority = (2 * (y_train == 1).sum(axis=0) > np.isfinite(y_train).sum(axis=0)).astype(float)
-    found = y_train[audit.nearest(thumbnails_rows, thumbnails_train)[0]] if num_rows else np.zeros((0, num_labels))
-    constant = thumbnails_rows.min(axis=(1, 2)) == thumbnails_rows.max(axis=(1, 2))
-    found = np.where(constant[:, None], np.nan, found)
     told = {
         metrics.MAJORITY: np.tile(majority, (num_rows, 1)),
         metrics.ALL_POSITIVE: np.ones((num_rows, num_labels)),
-        metrics.NEAREST_NEIGHBOUR: np.where(np.isnan(found), majority, found),
     }
+    if thumbnails_train is not None or thumbnails_rows is not None:
+        found = _neighbours(y_train, num_rows, thumbnails_train, thumbnails_rows)
+        told[metrics.NEAREST_NEIGHBOUR] = np.where(np.isnan(found), majority, found)
     return {name: Answer(probabilities, np.full(num_labels, 0.5)) for name, probabilities in told.items()}
+
+
+def _neighbours(y_train, num_rows, thumbnails_train, thumbnails_rows) -> np.ndarray:
+    """Labels of the most correlated training image, NaN to a constant one, shape (num_rows, num_labels)."""
+    counts = [0 if each is None else len(each) for each in (thumbnails_train, thumbnails_rows)]
+    if counts != [len(y_train), num_rows]:
+        raise ValueError(
+            f"{counts[0]} training thumbnails beside {len(y_train)} rows of labels, and {counts[1]} others beside "
+            f"{num_rows} rows; one thumbnail a row is expected."
+        )
+    if not num_rows:
+        return np.zeros((0, y_train.shape[1]))
+    constant = thumbnails_rows.min(axis=(1, 2)) == thumbnails_rows.max(axis=(1, 2))
+    return np.where(constant[:, None], np.nan, y_train[audit.nearest(thumbnails_rows, thumbnails_train)[0]])
 
 
 def evaluate(
     tables: Mapping[str, pd.DataFrame],
     manifest: pd.DataFrame,
-    thumbnails: np.ndarray,
+    thumbnails: np.ndarray | None,
     class_names: Sequence[str],
     *,
     task: str,
@@ -335,6 +365,7 @@ def evaluate(
     constant_only: Collection[str] = (),
     extra: Mapping[str, Answer] | None = None,
     averaged: Sequence[str] | None = None,
+    at_half: Sequence[str] = ("f1",),
     reference: str | Mapping[str, str] | None = None,
     num_draws: int = metrics.BOOTSTRAPS,
     seed: int = 0,
@@ -345,8 +376,10 @@ def evaluate(
 
     Args:
         tables: variant -> predictions of all rows of the manifest, in its order; empty for the baselines alone.
-        manifest: a row an image, with split, group_id and the label columns.
-        thumbnails: uint8, shape (num_images, 64, 64), in the manifest's order.
+        manifest: a row an image, with image_path, split, group_id and the label columns; or a row a study, with
+            study_id and no image_path, beside tables of studies (`kerasmed.studies`).
+        thumbnails: uint8, shape (num_images, 64, 64), in the manifest's order; None where rows have none, as studies:
+            then there is no nearest neighbour but in `extra`.
         class_names: label columns.
         task: what is classified, for the rows.
         subsets: split as the rows name it -> bool mask over the manifest's rows, of which the test rows are scored,
@@ -354,7 +387,7 @@ def evaluate(
         constant_only: the subsets whose images are all alike, so that a nearest neighbour means nothing: the baselines
             `ON_PIXELS` are left out there.
         extra: further baselines, named in `kerasmed.metrics.BASELINES` -> `Answer` to the test rows, in their order.
-        averaged: the labels that the means are over; None for all of them.
+        averaged, at_half: of `scores`.
         reference: variant that the others are compared with as well; or variant -> its own.
         num_draws, seed: of the bootstrap.
 
@@ -378,7 +411,8 @@ def evaluate(
         for variant, table in tables.items()
     }
     y_true = targets(manifest, class_names)
-    answers |= baselines(y_true[train], len(test), thumbnails[train], thumbnails[test]) | dict(extra)
+    pictures = [] if thumbnails is None else [thumbnails[train], thumbnails[test]]
+    answers |= baselines(y_true[train], len(test), *pictures) | dict(extra)
     groups = manifest["group_id"].to_numpy()[test]
     scored = []
     for name, mask in subsets.items():
@@ -396,6 +430,7 @@ def evaluate(
             task=task,
             split=name,
             averaged=averaged,
+            at_half=at_half,
             reference=reference,
             num_draws=num_draws,
             seed=seed,
@@ -405,15 +440,16 @@ def evaluate(
 
 def _refuse_unfit(tables, manifest, subsets, constant_only, extra) -> None:
     is_test = (manifest["split"] == "test").to_numpy()
+    name_of_row = "image_path" if "image_path" in manifest else "study_id"
     for variant, table in tables.items():
         if variant in metrics.BASELINES:
             raise ValueError(f"`tables` name a variant {variant!r}, which is a baseline's name; rename it.")
-        if table["image_path"].tolist() != manifest["image_path"].tolist():
+        if name_of_row not in table or table[name_of_row].tolist() != manifest[name_of_row].tolist():
             raise ValueError(
                 f"the table of {variant} has {len(table)} rows that are not the {len(manifest)} of the manifest in "
-                "its order; predict all rows of the manifest."
+                f"its order, by {name_of_row}; predict all rows of the manifest."
             )
-        seen = manifest["image_path"][(table["split"] == "valid").to_numpy() & is_test]
+        seen = manifest[name_of_row][(table["split"] == "valid").to_numpy() & is_test]
         if len(seen):
             raise ValueError(
                 f"{len(seen)} test rows are valid rows in the table of {variant}; its thresholds would be tuned on "
@@ -446,11 +482,12 @@ def headline(
     task: str,
     variant: str,
     metrics: Sequence[str] = ("f1", "average_precision"),
+    label: str = "all",
 ) -> list[Mapping]:
-    """Pick the rows that answer the notebook's question: means over the labels, over all test images."""
+    """Pick the rows that answer the notebook's question, over all test images: of the means, or of a single label."""
     return [
         row
         for row in rows
-        if (row["task"], row["variant"], row["split"], row["label"]) == (task, variant, "test", "all")
+        if (row["task"], row["variant"], row["split"], row["label"]) == (task, variant, "test", label)
         and row["metric"] in metrics
     ]

@@ -29,6 +29,8 @@ LAYERS = {
     "calibration": 1,
     "label_plots": 1,
     "localisation": 1,
+    "studies": 1,
+    "study_plots": 1,
     "plots": 1,
     "classifiers": 1,
     "losses": 2,

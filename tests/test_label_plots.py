@@ -38,8 +38,72 @@ def test_intervals_of_several_splits_or_of_no_row_are_refused(rows):
     again = [row | {"split": "test, first"} for row in rows]
     with pytest.raises(ValueError, match=r"6 rows of f1 for 3 places, splits \['test', 'test, first'\]"):
         label_plots.intervals(rows + again, metric="f1", title="T", labels=["all"])
-    with pytest.raises(ValueError, match="0 rows of kappa for 0 places"):
-        label_plots.intervals(rows, metric="kappa", title="T", labels=["all"])
+    with pytest.raises(ValueError, match="0 rows of dice for 0 places"):
+        label_plots.intervals(rows, metric="dice", title="T", labels=["all"])
+
+
+@pytest.fixture
+def split_rows(rng):
+    """One label of two networks and a baseline, of all images and of two parts."""
+    y_true = (np.arange(60) % 3 == 0).astype(float)[:, None]
+    answers = {name: rng.random((60, 1)) for name in ("net", "other", "majority")}
+    rows = []
+    for split, part in {"test": slice(60), "test, XR_ELBOW": slice(30), "test, XR_WRIST": slice(30, 60)}.items():
+        told = {name: multilabel.Answer(values[part], np.full(1, 0.5)) for name, values in answers.items()}
+        options = {"task": "t", "split": split, "at_half": ("kappa", "f1"), "num_draws": 20}
+        rows += multilabel.rows(y_true[part], told, np.arange(60)[part], ["abnormal"], **options)
+    return rows
+
+
+def test_intervals_by_split_draw_a_line_each_and_published_values_over_the_first(split_rows):
+    splits = ["test", "test, XR_WRIST", "test, XR_ELBOW"]
+    figure = label_plots.intervals(
+        split_rows,
+        metric="kappa_at_half",
+        title="T",
+        labels=splits,
+        by="split",
+        names={"test": "all", "test, XR_WRIST": "wrist"},
+        published={"paper": 0.705, "radiologist": 0.7784},
+    )
+    (axis,) = figure.axes
+    assert axis.get_xlabel() == "Cohen's kappa at 0.5, 95 % interval over groups"
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["all", "wrist", "test, XR ELBOW"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["net", "other", "majority", "paper: 0.705", "radiologist: 0.778"]
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    value = {(row["variant"], row["split"]): row["value"] for row in split_rows if row["metric"] == "kappa_at_half"}
+    for name in ("net", "other", "majority"):
+        assert lines[name].get_xdata().tolist() == [value[name, split] for split in splits]
+        assert lines[name].get_ydata().round().tolist() == [0, 1, 2]
+    ticks = axis.collections[3:]
+    assert [tick.get_segments()[0].tolist() for tick in ticks] == [
+        [[0.705, -0.5], [0.705, 0.5]],
+        [[0.7784, -0.5], [0.7784, 0.5]],
+    ]
+    first, second = (tick.get_linestyle() for tick in ticks)
+    assert first != second and axis.get_xlim()[1] > 0.7784
+
+
+@pytest.mark.parametrize(
+    ("metric", "written"),
+    [("kappa", "Cohen's kappa"), ("f1_at_half", "F1 at 0.5"), ("average_precision", "average precision")],
+)
+def test_intervals_name_the_metric(split_rows, metric, written):
+    figure = label_plots.intervals(split_rows, metric=metric, title="T", labels=["test"], by="split")
+    assert figure.axes[0].get_xlabel() == f"{written}, 95 % interval over groups"
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["test"]
+
+
+def test_intervals_by_split_of_two_labels_or_by_another_field_are_refused(split_rows):
+    again = [row | {"label": "fracture"} for row in split_rows]
+    options = {"metric": "auroc", "title": "T", "labels": ["test"]}
+    with pytest.raises(
+        ValueError, match=r"6 rows of auroc for 3 places, labels \['abnormal', 'fracture'\].*task and label"
+    ):
+        label_plots.intervals(split_rows + again, by="split", **options)
+    with pytest.raises(ValueError, match="`by` is 'variant'; expected 'label' or 'split'"):
+        label_plots.intervals(split_rows, by="variant", **options)
 
 
 def test_calibration_draws_every_bin_and_names_the_counts(rng):

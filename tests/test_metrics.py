@@ -157,6 +157,32 @@ def test_ranking_is_both_figures_over_the_rows_whose_truth_is_known(rng):
     assert np.isnan(metrics.ranking(np.full(2, np.nan), np.zeros(2), np.ones((1, 2)))).all()
 
 
+def test_kappa_by_hand_and_at_its_limits():
+    # columns: 35 of 50 right, p_o = 0.7, with p_e = 0.5 · 0.6 + 0.5 · 0.4 = 0.5; all right; all wrong; one answer to
+    # both classes; one class only, rightly answered; the same with a false one; nothing to answer
+    tp, fn = np.array([[20, 3, 0, 4, 4, 4, 0], [5, 0, 3, 0, 0, 1, 0]])
+    fp, tn = np.array([[10, 0, 3, 6, 0, 0, 0], [15, 3, 0, 0, 0, 0, 0]])
+    np.testing.assert_allclose(metrics.kappa(tp, fn, fp, tn), [0.4, 1, -1, 0, np.nan, 0, np.nan], rtol=1e-15)
+    # Neither exchanging truth and answer nor the classes changes it.
+    assert metrics.kappa(tp, fp, fn, tn)[0] == metrics.kappa(tn, fp, fn, tp)[0] == metrics.kappa(tp, fn, fp, tn)[0]
+
+
+def test_kappa_equals_its_definition_and_scikit_learn(rng):
+    for prevalence in (0.02, 0.3, 0.5, 0.9):
+        truth = np.append(rng.random(300) < prevalence, [True, False])
+        answer = np.where(rng.random(302) < 0.7, truth, rng.random(302) < 0.4)
+        tp, fn, fp, tn = (
+            (truth & answer).sum(),
+            (truth & ~answer).sum(),
+            (~truth & answer).sum(),
+            (~truth & ~answer).sum(),
+        )
+        found = metrics.kappa(*np.array([tp, fn, fp, tn]))
+        right, chance = (truth == answer).mean(), truth.mean() * answer.mean() + (~truth).mean() * (~answer).mean()
+        assert found == pytest.approx((right - chance) / (1 - chance), abs=1e-12)
+        assert found == pytest.approx(sk.cohen_kappa_score(truth, answer), abs=1e-12)
+
+
 def test_ratio_over_zero_is_undefined():
     np.testing.assert_array_equal(metrics.ratio(np.array([1, 0, 3]), np.array([2, 0, 0])), [0.5, np.nan, np.nan])
 

@@ -23,21 +23,22 @@ def test_scores_equals_scikit_learn_under_weights_over_known_rows(labelled, rng)
     y_true, probabilities, _ = labelled
     thresholds = np.array([0.4, 0.5, 0.6])
     weights = rng.integers(0, 4, (3, 120)).astype(np.float32)
-    got = multilabel.scores(y_true, probabilities, thresholds, THREE, weights)
+    got = multilabel.scores(y_true, probabilities, thresholds, THREE, weights, at_half=multilabel.AT_HALF)
     for draw, weight in enumerate(weights):
         expected = {}
         for position, name in enumerate(THREE):
             known = np.isfinite(y_true[:, position])
             truth, scores = y_true[known, position].astype(int), probabilities[known, position]
             answer, each = (scores >= thresholds[position]).astype(int), {"sample_weight": weight[known]}
-            expected["f1", name] = sk.f1_score(truth, answer, **each)
-            expected["f1_at_half", name] = sk.f1_score(truth, scores >= 0.5, **each)
             expected["average_precision", name] = sk.average_precision_score(truth, scores, **each)
             expected["auroc", name] = sk.roc_auc_score(truth, scores, **each)
-            expected["accuracy", name] = sk.accuracy_score(truth, answer, **each)
-            expected["sensitivity", name] = sk.recall_score(truth, answer, **each)
-            expected["specificity", name] = sk.recall_score(1 - truth, 1 - answer, **each)
-            expected["precision", name] = sk.precision_score(truth, answer, **each)
+            for suffix, told in {"": answer, "_at_half": (scores >= 0.5).astype(int)}.items():
+                expected[f"f1{suffix}", name] = sk.f1_score(truth, told, **each)
+                expected[f"accuracy{suffix}", name] = sk.accuracy_score(truth, told, **each)
+                expected[f"sensitivity{suffix}", name] = sk.recall_score(truth, told, **each)
+                expected[f"specificity{suffix}", name] = sk.recall_score(1 - truth, 1 - told, **each)
+                expected[f"precision{suffix}", name] = sk.precision_score(truth, told, **each)
+                expected[f"kappa{suffix}", name] = sk.cohen_kappa_score(truth, told, **each)
         for metric in dict.fromkeys(metric for metric, _ in expected):
             expected[metric, "all"] = np.mean([expected[metric, name] for name in THREE])
         assert set(expected) == set(got)
@@ -62,7 +63,10 @@ def test_scores_by_hand_with_undefined_labels():
         "sensitivity": (1 / 2, nan, 3 / 4, nan, 5 / 8),
         "specificity": (0, 1, nan, nan, 1 / 2),
         "precision": (1 / 2, nan, 1, nan, 3 / 4),
+        # a: p_o = 1/3, p_e = 5/9; b: all absent, all answered so; c: all present, one not answered so, p_o = p_e
+        "kappa": (-1 / 2, nan, 0, nan, -1 / 4),
     }
+    assert {metric for metric, _ in got} == set(expected)
     for metric, values in expected.items():
         for label, value in zip([*"abcd", "all"], values):
             assert got[metric, label] == pytest.approx(value, abs=1e-15, nan_ok=True), (metric, label)
@@ -72,6 +76,35 @@ def test_scores_by_hand_with_undefined_labels():
     # An answer to a label that is never present is wrong, not undefined.
     answered = multilabel.scores(y_true[:, 1:2], probabilities[:, 1:2], np.zeros(1), "b", np.ones((1, 4)))
     assert answered["f1", "b"][0] == 0
+
+
+def test_scores_at_half_are_those_asked_for(labelled):
+    y_true, probabilities, _ = labelled
+    options = (THREE, np.ones((1, 120)))
+    plain = multilabel.scores(y_true, probabilities, np.full(3, 0.5), *options, at_half=())
+    assert not [metric for metric, _ in plain if metric.endswith("_at_half")]
+    moved = multilabel.scores(y_true, probabilities, np.full(3, 0.3), *options, at_half=("kappa", "specificity"))
+    assert {metric for metric, _ in moved} - {metric for metric, _ in plain} == {"kappa_at_half", "specificity_at_half"}
+    for metric in ("kappa", "specificity"):
+        for label in ("all", *THREE):
+            assert moved[f"{metric}_at_half", label] == plain[metric, label] != moved[metric, label]
+
+
+def test_scores_at_half_of_a_metric_without_a_threshold_is_refused(labelled):
+    y_true, probabilities, _ = labelled
+    with pytest.raises(ValueError, match=r"`at_half` names \['auroc', 'dice'\]; expected some of .*'kappa'"):
+        multilabel.scores(y_true, probabilities, np.ones(3), THREE, np.ones((1, 120)), at_half=["f1", "auroc", "dice"])
+
+
+def test_scores_of_a_single_label_have_no_mean(labelled):
+    y_true, probabilities, _ = labelled
+    options = {"thresholds": np.full(3, 0.5), "class_names": THREE, "weights": np.ones((2, 120))}
+    among = multilabel.scores(y_true, probabilities, **options)
+    options |= {"thresholds": np.full(1, 0.5), "class_names": ("b",)}
+    alone = multilabel.scores(y_true[:, 1:2], probabilities[:, 1:2], **options)
+    assert {label for _, label in alone} == {"b"} and len(alone) == 9
+    for key, values in alone.items():
+        np.testing.assert_array_equal(values, among[key])
 
 
 @pytest.mark.parametrize("positives", [1, 5, 10])
@@ -154,7 +187,7 @@ def test_rows_stand_beside_the_strongest_baseline(labelled):
     }
     rows = multilabel.rows(y_true, answers, groups, THREE, task="t", reference="twin", num_draws=100)
     value = {(row["variant"], row["metric"], row["label"]): row for row in rows}
-    assert len(value) == len(rows) == 5 * 8 * 4
+    assert len(value) == len(rows) == 5 * 9 * 4
     mean_f1 = value["net", "f1", "all"]
     assert mean_f1["baseline"]["variant"] == "all_positive"
     prevalence = np.nanmean(y_true, axis=0)
@@ -188,11 +221,13 @@ def test_rows_do_not_depend_on_the_order_of_images(labelled, rng):
 def test_rows_say_why_a_value_is_undefined():
     y_true = np.array([[0, 1, np.nan]] * 4)
     answers = {"net": _constant(y_true, 0.2), "all_positive": _constant(y_true, 1)}
-    rows = multilabel.rows(y_true, answers, np.arange(4), THREE, task="t", split="night", num_draws=5)
+    options = {"task": "t", "split": "night", "num_draws": 5, "at_half": multilabel.AT_HALF}
+    rows = multilabel.rows(y_true, answers, np.arange(4), THREE, **options)
     reason = {(row["metric"], row["label"]): row.get("reason") for row in rows if row["variant"] == "net"}
     assert reason["f1", "a"] == reason["auroc", "a"] == reason["sensitivity", "a"] == "no a in the night split"
     assert reason["specificity", "b"] == reason["auroc", "b"] == "no image without b in the night split"
-    assert reason["precision", "b"] == "never predicted"
+    assert reason["precision", "b"] == reason["precision_at_half", "b"] == "never predicted"
+    assert reason["kappa", "a"] == reason["kappa_at_half", "a"] == "no a in the night split"
     assert reason["f1", "b"] is None
     assert reason["accuracy", "c"] == reason["precision", "c"] == "c is unknown in the night split"
     assert reason["auroc", "all"] == "undefined of every label"
@@ -308,6 +343,15 @@ def test_mean_score_by_hand_and_by_scikit_learn(small, rng):
     assert multilabel.mean_score(table, NAMES, split="valid", metric="auroc") == pytest.approx(area, abs=1e-12)
     shuffled = table.sample(frac=1, random_state=0)
     assert multilabel.mean_score(shuffled, NAMES, split="valid") == pytest.approx(expected, abs=1e-12)
+
+
+def test_mean_score_of_a_single_label_is_its_own(small):
+    _, _, table = small
+    assert multilabel.mean_score(table, ["b"], split="test") == pytest.approx(7 / 12, abs=1e-15)
+    assert multilabel.mean_score(table, ["a"], split="test", metric="auroc") == 1
+    absent = _table(_manifest(np.zeros((3, 2)), "valid"), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"none of \['a'\] has a positive in the valid split"):
+        multilabel.mean_score(absent, ["a"], split="valid")
 
 
 def test_mean_score_without_a_positive_is_refused():
@@ -489,6 +533,52 @@ def test_headline_is_mean_f1_and_average_precision_of_one_variant_on_all_test_im
     assert all(row["baseline"] for row in found)
     found = multilabel.headline(rows, task="t", variant="net", metrics=("auroc", "f1_at_half"))
     assert [(row["split"], row["metric"]) for row in found] == [("test", "f1_at_half"), ("test", "auroc")]
+
+
+def test_headline_of_a_single_label_is_its_own_rows(small):
+    manifest, thumbnails, table = small
+    rows = multilabel.evaluate({"net": table}, manifest, thumbnails, ["b"], task="t", at_half=("kappa",), num_draws=5)
+    assert {row["label"] for row in rows} == {"b"} and len(rows) == 4 * 9
+    assert multilabel.headline(rows, task="t", variant="net") == []
+    found = multilabel.headline(rows, task="t", variant="net", metrics=("auroc", "kappa_at_half"), label="b")
+    # three of four are right, where chance would have two; two of four pairs are
+    assert [(row["metric"], row["value"]) for row in found] == [("kappa_at_half", 1 / 2), ("auroc", 1 / 2)]
+    assert all(row["baseline"] for row in found)
+
+
+def test_evaluate_rows_without_images_have_no_neighbour_but_a_given_one(small):
+    manifest, _, table = small
+    named = {"study_id": [f"s{number}" for number in range(10)]}
+    manifest, table = (each.drop(columns="image_path").assign(**named) for each in (manifest, table))
+    told = {"nearest_neighbour": multilabel.Answer(np.ones((4, 2)), HALF)}
+    for extra in ({}, told):
+        rows = multilabel.evaluate({"net": table}, manifest, None, NAMES, task="t", extra=extra, num_draws=5)
+        assert {row["variant"] for row in rows} == {"net", "majority", "all_positive", *extra}
+        assert _value(rows)["net", "test", "f1", "all"] == pytest.approx(9 / 10)
+    with pytest.raises(ValueError, match="in its order, by study_id; predict all rows"):
+        multilabel.evaluate({"net": table.iloc[::-1]}, manifest, None, NAMES, task="t")
+    tuned_on_test = table.assign(split=["train"] * 3 + ["valid"] * 4 + ["test"] * 3)
+    with pytest.raises(ValueError, match=r"1 test rows are valid rows in the table of net.*\['s6'\]"):
+        multilabel.evaluate({"net": tuned_on_test}, manifest, None, NAMES, task="t")
+
+
+def test_evaluate_a_table_of_studies_beside_a_manifest_of_images_is_refused(small):
+    manifest, thumbnails, table = small
+    with pytest.raises(ValueError, match="by image_path; predict all rows"):
+        multilabel.evaluate({"net": table.drop(columns="image_path")}, manifest, thumbnails, NAMES, task="t")
+
+
+def test_baselines_without_thumbnails_or_training_images(small):
+    manifest, thumbnails, _ = small
+    y_train = manifest[list(NAMES)].to_numpy()[:3]
+    told, whole = multilabel.baselines(y_train, 4), multilabel.baselines(y_train, 4, thumbnails[:3], thumbnails[6:])
+    assert list(told) == ["majority", "all_positive"] and list(whole) == [*told, "nearest_neighbour"]
+    for name, answer in told.items():
+        np.testing.assert_array_equal(answer.probabilities, whole[name].probabilities)
+    with pytest.raises(ValueError, match="3 training thumbnails beside 3 rows of labels, and 0 others beside 4 rows"):
+        multilabel.baselines(y_train, 4, thumbnails[:3])
+    with pytest.raises(ValueError, match="no training image for baselines to learn from"):
+        multilabel.baselines(y_train[:0], 4)
 
 
 def test_baselines_answer_constant_images_as_the_majority(rng):

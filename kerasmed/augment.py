@@ -30,6 +30,7 @@ def _transforms(image_size):
         "shift": lambda: [A.Affine(translate_percent=(-0.06, 0.06), border_mode=cv2.BORDER_CONSTANT, p=0.5)],
         "flip_vertical": lambda: [A.VerticalFlip(p=0.5)],
         "rotate_any": lambda: [A.Rotate(limit=90, border_mode=cv2.BORDER_CONSTANT, p=0.5)],
+        "rotate_30": lambda: [A.Rotate(limit=30, border_mode=cv2.BORDER_CONSTANT, p=1.0)],
         # In degrees, drawn for each axis; a number alone would be a fixed angle, not a range.
         "shear": lambda: [A.Affine(shear=(-15, 15), border_mode=cv2.BORDER_CONSTANT, p=0.5)],
         "scale_wide": lambda: [

@@ -1,12 +1,14 @@
-"""Weighted losses and a metric of labels, from logits, on any Keras backend.
+"""Weighted losses and metrics of labels, from logits, on any Keras backend.
 
 Yes-or-no labels that are all known and weigh alike need no loss of their own:
-`keras.losses.BinaryCrossentropy(from_logits=True)` is theirs. Nor do they need an accuracy:
+`keras.losses.BinaryCrossentropy(from_logits=True)` is theirs, also where images weigh unlike: by `group_weights` and
+`sample_weights`, which a dataset gives beside its targets. Nor do they need an accuracy:
 `keras.metrics.BinaryAccuracy(threshold=0.0)` takes a logit above 0, a probability above one half, as present.
 """
 
 import keras
 import numpy as np
+import pandas as pd
 from keras import ops
 
 
@@ -224,6 +226,104 @@ def _label_weights(name, weights):
     return weights
 
 
+def group_weights(y_train, groups_train) -> pd.DataFrame:
+    """Count a yes-or-no label within each group of training images, and weigh both kinds alike in total.
+
+        positive_T = |N_T| / (|A_T| + |N_T|),   negative_T = |A_T| / (|A_T| + |N_T|)
+
+    where A_T are the group's images with the label present and N_T those with it absent. Groups, such as study types,
+    differ in prevalence: one pair of weights for all would leave each of them out of balance.
+
+    Args:
+        y_train: array, shape (num_images,): the *training* split's label, 1 present, 0 absent.
+        groups_train: array, shape (num_images,): the group of each image.
+
+    Returns:
+        DataFrame indexed by sorted group: positive and negative, the weights of an image of either kind, which sum to
+        1; present and absent, int, the counts. In a group of one kind only, that kind weighs 0 and the one that it
+        lacks 1: its training images add nothing to the loss, as nothing can be told from them.
+
+    Raises:
+        ValueError: no images, unlike lengths, labels other than 0 and 1, or an image without a group.
+
+    Example:
+        >>> table = group_weights([1, 0, 0, 0, 1, 0], ["elbow", "elbow", "elbow", "elbow", "wrist", "wrist"])
+        >>> table.loc["elbow"].to_dict()
+        {'positive': 0.75, 'negative': 0.25, 'present': 1.0, 'absent': 3.0}
+
+    Source: Rajpurkar et al. 2018 (MURA), arXiv:1712.06957, section 3.1, where the groups are study types.
+    """
+    y_train, groups_train = _known_labels("y_train", y_train, groups_train)
+    if not len(y_train):
+        raise ValueError("`y_train` is empty; expected the labels of the training images.")
+    without = np.flatnonzero(pd.isna(groups_train))
+    if len(without):
+        raise ValueError(
+            f"{len(without)} of {len(y_train)} training images have no group; name it or leave them out. First "
+            f"positions: {without[:5].tolist()}."
+        )
+    grouped = pd.Series(y_train == 1).groupby(groups_train)
+    present, total = grouped.sum(), grouped.size()
+    absent = total - present
+    table = {"positive": absent / total, "negative": present / total, "present": present, "absent": absent}
+    return pd.DataFrame(table).rename_axis("group")
+
+
+def sample_weights(y, groups, weights: pd.DataFrame) -> np.ndarray:
+    """Look up the weight of each image, by its label and group.
+
+    With these as Keras's sample weights, the loss of a batch of B images is that of the weighted cross-entropy,
+
+        loss = 1/B · Σ_i w_i · bce_i
+
+    since `keras.losses.BinaryCrossentropy(from_logits=True)` divides by the number of images, not by the sum of their
+    weights. Validation images take the training images' weights too: with weights of its own, the validation loss
+    would be another function than the one that is minimised.
+
+    Args:
+        y: array, shape (num_images,): 1 present, 0 absent, of any split.
+        groups: array, shape (num_images,).
+        weights: from `group_weights` of the training images.
+
+    Returns:
+        float32 array, shape (num_images,).
+
+    Raises:
+        ValueError: a group that the table lacks, unlike lengths, or labels other than 0 and 1.
+
+    Example:
+        >>> table = group_weights([1, 0, 0, 0], ["elbow"] * 4)
+        >>> sample_weights([1, 0], ["elbow", "elbow"], table).tolist()
+        [0.75, 0.25]
+
+    Source: as of `group_weights`.
+    """
+    y, groups = _known_labels("y", y, groups)
+    positions = weights.index.get_indexer(groups)
+    if (positions < 0).any():
+        lacking = pd.unique(groups[positions < 0])
+        raise ValueError(
+            f"groups {lacking[:5].tolist()} have no weights, which are counted on training images only: the table has "
+            f"{weights.index.tolist()}. Add training images of these groups, or leave theirs out."
+        )
+    both = weights[["negative", "positive"]].to_numpy("float32")
+    return both[positions, y.astype(int)]
+
+
+def _known_labels(name, y, groups):
+    """Return a label without unknown entries, and the group of each image, as arrays of one dimension."""
+    y, groups = np.asarray(y, dtype="float64"), np.asarray(groups)
+    if y.ndim != 1 or groups.shape != y.shape:
+        raise ValueError(f"`{name}` has shape {y.shape} and its groups {groups.shape}; expected (num_images,) of both.")
+    strange = y[(y != 0) & (y != 1)]
+    if strange.size:
+        raise ValueError(
+            f"`{name}` holds {strange[:5].tolist()}; expected 1 present or 0 absent. Leave out images whose label is "
+            "unknown."
+        )
+    return y, groups
+
+
 @keras.saving.register_keras_serializable(package="kerasmed")
 class F1(keras.metrics.F1Score):
     """F1 of yes-or-no labels, from logits: per label over all images seen, then averaged over the labels.
@@ -246,3 +346,28 @@ class F1(keras.metrics.F1Score):
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         super().update_state(y_true, ops.sigmoid(ops.cast(y_pred, self.dtype)), sample_weight)
+
+
+@keras.saving.register_keras_serializable(package="kerasmed")
+class BrierScore(keras.metrics.MeanSquaredError):
+    """Mean squared error of probabilities, from logits: over all entries seen, and lower is better.
+
+        mse = mean (y − sigmoid(logit))²
+
+    0 is perfect; 1/4 is what one half everywhere gives. Of logits themselves, `keras.metrics.MeanSquaredError` would
+    count a sure and right answer as far off.
+
+    Args:
+        name: of the metric.
+        dtype: of the result; None for Keras's default.
+
+    Call with y_true (batch, num_labels) of 0 and 1, and logits (batch, num_labels).
+
+    Source: Brier 1950, Monthly Weather Review 78(1), 1–3, for one class of a pair.
+    """
+
+    def __init__(self, name: str = "mse", dtype=None):
+        super().__init__(name=name, dtype=dtype)
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        return super().update_state(y_true, ops.sigmoid(ops.cast(y_pred, self.dtype)), sample_weight)

@@ -5,8 +5,10 @@ preprocessing is a layer of the model, so that a saved `.keras` file takes the p
 returns. The head is a layer named `logits`, in float32, and then the activation, named `probabilities`.
 """
 
+from collections.abc import Sequence
+
 import keras
-from keras import layers
+from keras import layers, ops
 
 from kerasmed.layers import BATCH_NORM_MOMENTUM
 
@@ -214,7 +216,7 @@ def classifier(
         Uncompiled model that shares the extractor's layers, images -> float32 (batch, num_classes).
     """
     outputs = classification_head(features.output, num_classes, dropout=dropout, activation=activation)
-    return keras.Model(features.inputs, outputs, name=features.name)
+    return keras.Model(features.inputs[0], outputs, name=features.name)
 
 
 def max_pooled(model: keras.Model) -> keras.Model:
@@ -243,3 +245,50 @@ def max_pooled(model: keras.Model) -> keras.Model:
         raise ValueError(f"the model {model.name!r} has {len(model.inputs)} inputs; expected one, the image.")
     largest = layers.GlobalMaxPooling2D(data_format=pool.data_format, dtype=pool.dtype_policy, name="pool")
     return keras.Model(model.inputs[0], largest(pool.input), name=model.name)
+
+
+def averaged(members: Sequence[keras.Model], *, mirrored: bool = False) -> keras.Model:
+    """Make one model of several: the mean of their probabilities, also over left-right mirror images if asked.
+
+        p(x) = 1/M · Σ_m p_m(x),   mirrored: 1/(2M) · Σ_m [ p_m(x) + p_m(x mirrored) ]
+
+    The members, such as trainings of one network from several seeds, may bear equal names; the model shares their
+    weights, round-trips through a `.keras` file, and has no layer "logits" of its own.
+
+    Args:
+        members: models, uint8 (batch, height, width, 1) -> probabilities of one shape, at least one.
+        mirrored: whether each also sees the image with left and right exchanged.
+
+    Returns:
+        Uncompiled model, uint8 (batch, height, width, 1) -> float32 probabilities; of one member that is not mirrored,
+        that member itself.
+
+    Raises:
+        ValueError: no members, a member of another kind of input, or unlike inputs or outputs.
+    """
+    members = list(members)
+    if not members:
+        raise ValueError("`members` is empty; expected at least one model.")
+    for member in members:
+        taken = [(tensor.dtype, len(tensor.shape), tensor.shape[-1]) for tensor in member.inputs]
+        if taken != [("uint8", 4, 1)] or len(member.outputs) != 1:
+            raise ValueError(
+                f"the model {member.name!r} takes {[(x.dtype, *x.shape) for x in member.inputs]} and gives "
+                f"{[y.shape for y in member.outputs]}; expected uint8 (batch, height, width, 1), and one array of "
+                "probabilities."
+            )
+    shapes = [(member.inputs[0].shape[1:], member.outputs[0].shape[1:]) for member in members]
+    unlike = [position for position, pair in enumerate(shapes) if pair != shapes[0]]
+    if unlike:
+        raise ValueError(
+            f"members at positions {unlike[:5]} take and give other shapes than the first: {shapes[unlike[0]]}, not "
+            f"{shapes[0]}. Average models of one image size and the same classes."
+        )
+    if len(members) == 1 and not mirrored:
+        return members[0]
+    image = keras.Input(shapes[0][0], dtype="uint8", name="image")
+    views = [image, ops.flip(image, axis=2)] if mirrored else [image]
+    # A graph needs a name of its own for each layer, which models of one network do not have.
+    named = [keras.Model(each.inputs[0], each.outputs[0], name=f"member{n}") for n, each in enumerate(members, start=1)]
+    answers = [member(view) for member in named for view in views]
+    return keras.Model(image, layers.Average(dtype="float32", name="probabilities")(answers), name="averaged")

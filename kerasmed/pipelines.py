@@ -265,7 +265,8 @@ def batch(
     batch_size: int,
     augment: Callable | None = None,
     beside: Mapping[str, np.ndarray] | None = None,
-) -> tuple[np.ndarray | dict[str, np.ndarray], np.ndarray]:
+    weights: np.ndarray | None = None,
+) -> tuple:
     """Make one training batch, a function of (seed, epoch, index) alone.
 
     Args:
@@ -276,15 +277,18 @@ def batch(
         batch_size: rows a batch; an epoch's last batch may be smaller.
         augment: function (images, seed) -> images, from `kerasmed.augment.build`.
         beside: further inputs of a model, name -> array (num_images, ...) beside `images_`.
+        weights: Keras's sample weights, float32, shape (num_rows,), beside `rows`: of the loss, not of the metrics.
 
     Returns:
-        uint8 images (batch, height, width, 1), with `beside` a dict in which they are "image"; and their targets.
+        uint8 images (batch, height, width, 1), with `beside` a dict in which they are "image"; their targets; and, if
+        given, their weights.
     """
     chosen = epoch_order(len(rows), seed=seed, epoch=epoch)[index * batch_size : (index + 1) * batch_size]
     pixels = images_[rows[chosen]]
     if augment is not None:
         pixels = augment(pixels, int(np.random.default_rng((seed, epoch, index)).integers(2**31)))
-    return _inputs(pixels[..., None], beside, rows[chosen]), targets[chosen]
+    inputs = _inputs(pixels[..., None], beside, rows[chosen])
+    return (inputs, targets[chosen]) if weights is None else (inputs, targets[chosen], weights[chosen])
 
 
 def _inputs(pixels, beside, rows):
@@ -292,15 +296,21 @@ def _inputs(pixels, beside, rows):
     return {"image": pixels, **{name: values[rows] for name, values in beside.items()}} if beside else pixels
 
 
-def _signature(images_, beside):
-    """Shapes and types of `_inputs`, of any number of rows."""
+def _signature(images_, rows, beside, targets, weights):
+    """Shapes and types of a batch of any number of rows; refuses weights that are not beside the rows."""
     import tensorflow as tf
 
-    pixels = tf.TensorSpec((None, *images_.shape[1:], 1), tf.uint8)
-    if not beside:
-        return pixels
-    others = {name: tf.TensorSpec((None, *values.shape[1:]), values.dtype) for name, values in beside.items()}
-    return {"image": pixels, **others}
+    def spec(values):
+        return tf.TensorSpec((None, *values.shape[1:]), values.dtype)
+
+    if weights is not None and (targets is None or np.shape(weights) != (len(rows),)):
+        found = f"`weights` of shape {np.shape(weights)} with {'no' if targets is None else len(rows)} targets"
+        raise ValueError(f"{found}; expected one weight a row, beside its target.")
+    inputs = tf.TensorSpec((None, *images_.shape[1:], 1), tf.uint8)
+    if beside:
+        inputs = {"image": inputs, **{name: spec(values) for name, values in beside.items()}}
+    others = [spec(values) for values in (targets, weights) if values is not None]
+    return (inputs, *others) if others else inputs
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
@@ -341,7 +351,7 @@ def training_dataset(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray,
     """Wrap `batches` in a `tf.data.Dataset` without end; use it with `steps_per_epoch`."""
     import tensorflow as tf
 
-    signature = (_signature(images_, options.get("beside")), tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
+    signature = _signature(images_, rows, options.get("beside"), targets, options.get("weights"))
     dataset = tf.data.Dataset.from_generator(
         lambda: batches(images_, rows, targets, **options), output_signature=signature
     )
@@ -355,6 +365,7 @@ def evaluation_dataset(
     *,
     batch_size: int = 64,
     beside: Mapping[str, np.ndarray] | None = None,
+    weights: np.ndarray | None = None,
 ):
     """Make a `tf.data.Dataset` of every row once, in order, never augmented.
 
@@ -363,22 +374,21 @@ def evaluation_dataset(
         rows: int, shape (num_rows,).
         targets: shape (num_rows, ...); None for prediction.
         batch_size: rows a batch.
-        beside: as in `batch`.
+        beside, weights: as in `batch`.
 
     Returns:
-        Dataset of images (batch, height, width, 1), or of dicts as in `batch`, with targets if given.
+        Dataset of images (batch, height, width, 1), or of dicts as in `batch`, with targets and weights if given.
     """
     import tensorflow as tf
 
     def generate():
         for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            inputs = _inputs(images_[part][..., None], beside, part)
-            yield inputs if targets is None else (inputs, targets[start : start + batch_size])
+            here = slice(start, start + batch_size)
+            inputs = _inputs(images_[rows[here]][..., None], beside, rows[here])
+            others = [values[here] for values in (targets, weights) if values is not None]
+            yield (inputs, *others) if others else inputs
 
-    signature = _signature(images_, beside)
-    if targets is not None:
-        signature = (signature, tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
+    signature = _signature(images_, rows, beside, targets, weights)
     dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
     return dataset.apply(tf.data.experimental.assert_cardinality(steps_per_epoch(len(rows), batch_size))).prefetch(2)
 
@@ -391,6 +401,7 @@ def datasets_of(
     seed: int,
     augment: Callable | None = None,
     beside: Mapping[str, np.ndarray] | None = None,
+    weights: np.ndarray | None = None,
 ) -> tuple[Callable, object]:
     """Make what `kerasmed.training.fit` takes of a store whose manifest is split.
 
@@ -401,6 +412,7 @@ def datasets_of(
         seed: of shuffle and augmentation.
         augment: from `kerasmed.augment.build`; of training images alone.
         beside: as in `batch`.
+        weights: Keras's sample weights, float32, shape (num_images,), beside the store; of both splits' losses.
 
     Returns:
         Function of the first epoch -> training dataset without end; and the validation dataset.
@@ -417,9 +429,11 @@ def datasets_of(
             first_epoch=first_epoch,
             augment=augment,
             beside=beside,
+            weights=None if weights is None else weights[train],
         )
 
-    return train_from, evaluation_dataset(store.images, valid, targets[valid], beside=beside)
+    valid_weights = None if weights is None else weights[valid]
+    return train_from, evaluation_dataset(store.images, valid, targets[valid], beside=beside, weights=valid_weights)
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,19 @@ import pytest
 from kerasmed import augment
 
 # What moves pixels, and nothing else.
-GEOMETRIC = ("flip", "rotate", "scale", "shift", "flip_vertical", "rotate_any", "shear", "scale_wide", "pad", "crop")
+GEOMETRIC = (
+    "flip",
+    "rotate",
+    "scale",
+    "shift",
+    "flip_vertical",
+    "rotate_any",
+    "rotate_30",
+    "shear",
+    "scale_wide",
+    "pad",
+    "crop",
+)
 
 
 @pytest.fixture
@@ -46,18 +58,33 @@ def test_build_flip_vertical_mirrors_top_and_bottom_of_about_half(rng):
     assert flipped.mean() == pytest.approx(0.5, abs=0.1)  # 400 draws at 0.5: four standard deviations
 
 
-def test_build_rotate_any_turns_a_line_by_up_to_a_quarter():
+def _angles(name):
+    """Degrees by which a recipe turns each of 200 horizontal lines."""
     line = np.zeros((200, 65, 65), np.uint8)
     line[:, 31:34] = 255
-    got = augment.build(("rotate_any",), (65, 65))(line, seed=0)
+    got = augment.build((name,), (65, 65))(line, seed=0)
     # Moments of the line within the largest circle, which no turn cuts.
     y, x = np.mgrid[-32:33, -32:33]
     weights = got * (x**2 + y**2 < 32**2)
     covariance = [(weights * moment).sum(axis=(1, 2)) for moment in (x * x, x * y, y * y)]
-    angles = np.degrees(np.arctan2(2 * covariance[1], covariance[0] - covariance[2]) / 2)
+    return np.degrees(np.arctan2(2 * covariance[1], covariance[0] - covariance[2]) / 2)
+
+
+def test_build_rotate_any_turns_a_line_by_up_to_a_quarter():
+    angles = _angles("rotate_any")
     turned = np.abs(angles[np.abs(angles) > 0.5])
     # Uniform in 0–90: of 100 draws at least one lies above 80 and one below 10, and the mean is 45 ± 4 · 2.6
     assert turned.max() > 80 and turned.min() < 10 and turned.mean() == pytest.approx(45, abs=11)
+
+
+def test_build_rotate_30_turns_every_line_by_up_to_30_degrees_either_way():
+    angles = _angles("rotate_30")
+    # Uniform in −30 to 30: mean 0 ± 4 · 17.3 / √200; by half a degree or less one in 60, which is 3 ± 4 · 1.8 of 200.
+    assert -30.5 < angles.min() < -27 and 27 < angles.max() < 30.5 and angles.mean() == pytest.approx(0, abs=5)
+    assert (np.abs(angles) < 0.5).sum() <= 10
+    white = augment.build(("rotate_30",), (65, 65))(np.full((200, 65, 65), 255, np.uint8), seed=0)
+    corners = white[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners[np.abs(angles) > 3] == 0).all()  # the same seed, so the same angles
 
 
 def test_build_scale_wide_spans_its_range():

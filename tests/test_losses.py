@@ -1,5 +1,6 @@
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 
 from kerasmed import losses
@@ -246,6 +247,104 @@ def test_label_loss_of_chest_at_one_half_everywhere_is_as_published_shares_give(
         assert loss == pytest.approx(np.log(2) * 2 * (positive * negative).sum(), rel=1e-4)
 
 
+# --- weights of groups -----------------------------------------------------------------------------------------------
+
+# elbow: one of four abnormal; wrist: three of five.
+GROUPS_TRAIN = np.repeat(["wrist", "elbow"], [5, 4])
+Y_TRAIN = np.array([1, 1, 1, 0, 0, 1, 0, 0, 0])
+
+
+def _weighted(y, logits, weights):
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    return float(loss(np.float32(y)[:, None], np.float32(logits)[:, None], sample_weight=weights))
+
+
+def test_group_weights_by_hand():
+    table = losses.group_weights(Y_TRAIN, GROUPS_TRAIN)
+    assert table.columns.tolist() == ["positive", "negative", "present", "absent"]
+    assert table.index.tolist() == ["elbow", "wrist"] and table.index.name == "group"
+    np.testing.assert_allclose(table.loc["elbow"], [3 / 4, 1 / 4, 1, 3], rtol=1e-15)
+    np.testing.assert_allclose(table.loc["wrist"], [2 / 5, 3 / 5, 3, 2], rtol=1e-15)
+    assert (table[["present", "absent"]].dtypes == "int64").all()
+
+
+def test_sample_weights_and_the_loss_of_a_batch_by_hand():
+    table = losses.group_weights(Y_TRAIN, GROUPS_TRAIN)
+    y, groups = [1, 0, 1, 0], ["elbow", "elbow", "wrist", "wrist"]
+    weights = losses.sample_weights(y, groups, table)
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights, [0.75, 0.25, 0.4, 0.6], rtol=1e-7)
+    # p = 0.5 for 0, 0.75 for ln 3: ln 2, 2 ln 2, −ln 0.75, ln 2. Divided by 4 images, not by the weights' sum of 2.
+    expected = (0.75 * np.log(2) + 0.25 * 2 * np.log(2) - 0.4 * np.log(0.75) + 0.6 * np.log(2)) / 4
+    assert _weighted(y, [0, np.log(3), np.log(3), 0], weights) == pytest.approx(expected, rel=1e-6)
+    assert _weighted(y, [0] * 4, np.float32([3, 1, 0, 0])) == pytest.approx(np.log(2), rel=1e-6)
+
+
+def test_sample_weights_of_validation_images_are_the_training_images():
+    table = losses.group_weights(Y_TRAIN, GROUPS_TRAIN)
+    y, groups = np.array([1, 1, 1, 0]), np.repeat("elbow", 4)
+    # Of its own, with three of four abnormal, these would be 1/4 and 3/4.
+    np.testing.assert_allclose(losses.sample_weights(y, groups, table), [0.75, 0.75, 0.75, 0.25], rtol=1e-7)
+    assert losses.group_weights(y, groups).loc["elbow", "positive"] == 0.25
+
+
+def test_sample_weights_make_both_kinds_of_each_group_weigh_alike(rng):
+    groups = rng.integers(0, 3, 600)
+    y = (rng.random(600) < np.array([0.05, 0.5, 0.8])[groups]).astype(float)
+    table = losses.group_weights(y, groups)
+    weights = losses.sample_weights(y, groups, table)
+    totals = pd.Series(weights).groupby([groups, y]).sum().unstack()
+    np.testing.assert_allclose(totals[0], totals[1], rtol=1e-5)  # float32
+    np.testing.assert_allclose(totals[1], table["present"] * table["absent"] / np.bincount(groups), rtol=1e-5)
+
+
+def test_group_weights_equal_the_other_kinds_share_of_each_group(rng):
+    groups, y = rng.integers(0, 3, 50), rng.integers(0, 2, 50)
+    columns = np.where(groups[:, None] == np.arange(3), y[:, None], np.nan)
+    positive, negative = losses.label_shares(columns)
+    table = losses.group_weights(y, groups)
+    np.testing.assert_allclose(table["positive"], negative, rtol=1e-15)
+    np.testing.assert_allclose(table["negative"], positive, rtol=1e-15)
+
+
+def test_group_weights_of_one_kind_weigh_its_images_0():
+    y, groups = [1, 1, 0, 1, 0], ["hand", "hand", "finger", "elbow", "elbow"]
+    table = losses.group_weights(y, groups)
+    assert table.loc["hand"].tolist() == [0, 1, 2, 0] and table.loc["finger"].tolist() == [1, 0, 0, 1]
+    weights = losses.sample_weights(y, groups, table)
+    assert weights.tolist() == [0, 0, 0, 0.5, 0.5]
+    assert _weighted(y, [-9, 9, 9, 0, 0], weights) == pytest.approx(np.log(2) / 5, rel=1e-6)
+
+
+def test_sample_weights_of_groups_without_training_images_are_refused():
+    table = losses.group_weights(Y_TRAIN, GROUPS_TRAIN)
+    with pytest.raises(
+        ValueError, match=r"groups \['hand'\] have no weights, which are counted on training images only"
+    ):
+        losses.sample_weights([1, 0, 1], ["hand", "elbow", "hand"], table)
+
+
+@pytest.mark.parametrize(
+    ("y", "groups", "message"),
+    [
+        ([1, np.nan], ["a", "a"], r"`y_train` holds \[nan\]; expected 1 present or 0 absent"),
+        ([1, 2], ["a", "a"], r"holds \[2.0\]"),
+        ([1, 0], ["a"], r"shape \(2,\) and its groups \(1,\)"),
+        ([[1], [0]], ["a", "a"], r"shape \(2, 1\)"),
+        ([1, 0], ["a", None], r"1 of 2 training images have no group.*positions: \[1\]"),
+        ([], [], "`y_train` is empty"),
+    ],
+)
+def test_group_weights_unfit_labels_are_refused(y, groups, message):
+    with pytest.raises(ValueError, match=message):
+        losses.group_weights(y, np.array(groups, dtype=object))
+
+
+def test_sample_weights_unknown_labels_are_refused():
+    with pytest.raises(ValueError, match=r"`y` holds \[nan\]"):
+        losses.sample_weights([np.nan], ["elbow"], losses.group_weights(Y_TRAIN, GROUPS_TRAIN))
+
+
 # --- F1 --------------------------------------------------------------------------------------------------------------
 
 
@@ -305,3 +404,57 @@ def test_binary_accuracy_of_keras_takes_logits_with_a_threshold_of_zero():
     # Right: 3 of 4. At Keras's default of 0.5, 0.2 would count as absent.
     accuracy.update_state(np.float32([[1, 0], [1, 1]]), np.float32([[0.2, -0.2], [3, -3]]))
     assert float(accuracy.result()) == 0.75
+
+
+# --- Brier score -----------------------------------------------------------------------------------------------------
+
+
+def _brier(y_true, logits, **options):
+    metric = losses.BrierScore(**options)
+    for rows in np.array_split(np.arange(len(logits)), 2):  # as batches
+        metric.update_state(np.float32(y_true)[rows], np.float32(logits)[rows])
+    return float(metric.result())
+
+
+def test_brier_score_by_hand():
+    # p = 0.75, 0.5, 0.25 and 0.75 against 1, 0, 0 and 0: (1 + 4 + 1 + 9) / 16 / 4
+    logits = np.log(3) * np.array([[1], [0], [-1], [1]])
+    assert _brier([[1], [0], [0], [0]], logits) == pytest.approx(15 / 64, rel=1e-6)
+    metric = losses.BrierScore()
+    metric.update_state(np.float32([[1], [0]]), np.float32([[0], [np.log(3)]]), sample_weight=np.float32([3, 1]))
+    assert float(metric.result()) == pytest.approx((3 * 0.25 + 0.5625) / 4, rel=1e-6)
+
+
+def test_brier_score_of_right_wrong_and_undecided_answers():
+    y_true = np.array([[1, 0], [0, 1]])
+    sure = 1000 * (2 * y_true - 1)
+    assert _brier(y_true, sure) == 0 and _brier(y_true, -sure) == 1 and _brier(y_true, 0 * y_true) == 0.25
+
+
+def test_brier_score_of_one_label_equals_scikit_learns(rng):
+    from sklearn.metrics import brier_score_loss
+
+    y_true, logits = rng.integers(0, 2, 50), rng.normal(0, 3, 50)
+    expected = brier_score_loss(y_true, 1 / (1 + np.exp(-logits)))
+    assert _brier(y_true[:, None], logits[:, None]) == pytest.approx(expected, rel=1e-5)  # float32
+
+
+def test_brier_score_of_half_precision_logits_is_computed_in_float32():
+    metric = losses.BrierScore()
+    metric.update_state(np.float32([[0]]), np.float16([[-9.0]]))  # in float16, the square of 1.2e-4 is 0
+    assert float(metric.result()) == pytest.approx(1 / (1 + np.exp(9)) ** 2, rel=1e-4)
+
+
+def test_brier_score_round_trips_through_a_compiled_keras_file(tmp_path, rng):
+    metric = losses.BrierScore(name="mine")
+    config = keras.saving.serialize_keras_object(metric)
+    assert config["registered_name"] == "kerasmed>BrierScore" and losses.BrierScore().name == "mse"
+    copy = keras.saving.deserialize_keras_object(config)
+    assert isinstance(copy, losses.BrierScore) and copy.get_config() == metric.get_config() and copy.name == "mine"
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", keras.losses.BinaryCrossentropy(from_logits=True), metrics=[losses.BrierScore()])
+    x, y = np.float32(rng.normal(size=(5, 4))), np.float32(rng.integers(0, 2, (5, 1)))
+    before = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert before["mse"] == pytest.approx(_brier(y, model(x)), rel=1e-6)
+    model.save(tmp_path / "m.keras")
+    assert keras.saving.load_model(tmp_path / "m.keras").evaluate(x, y, verbose=0, return_dict=True) == before

@@ -190,3 +190,91 @@ def test_max_pooled_unfit_models_are_refused(compact):
     pooled = keras.layers.GlobalAveragePooling2D(name="pool")(image)
     with pytest.raises(ValueError, match="has 2 inputs"):
         models.max_pooled(keras.Model([image, age], keras.layers.Concatenate()([pooled, age])))
+
+
+@pytest.fixture(scope="module")
+def members():
+    """Three of one network with one name, from different seeds."""
+    made = []
+    for seed in range(3):
+        keras.utils.set_random_seed(seed)
+        made.append(models.compact_cnn((16, 12), 1, filters=(4, 8), activation="sigmoid"))
+    return made
+
+
+@pytest.fixture
+def pixels(rng):
+    return rng.integers(0, 256, (5, 16, 12, 1), dtype=np.uint8)
+
+
+# Of means in another order, in float32.
+CLOSE = {"rtol": 0, "atol": 1e-6}
+
+
+def test_averaged_is_the_mean_of_the_members_probabilities(members, pixels):
+    told = np.stack([member.predict(pixels, verbose=0) for member in members])
+    assert np.ptp(told, axis=0).min() > 1e-3 and {member.name for member in members} == {"compact_cnn"}
+    model = models.averaged(members)
+    got = model.predict(pixels, verbose=0)
+    assert got.shape == (5, 1) and got.dtype == np.float32 and model.input.dtype == "uint8"
+    np.testing.assert_allclose(got, told.mean(axis=0), **CLOSE)
+    np.testing.assert_allclose(models.averaged(members[:1] * 2).predict(pixels, verbose=0), told[0], **CLOSE)
+
+
+def test_averaged_mirrored_is_the_mean_over_left_right_mirror_images_too(members, pixels):
+    flipped = pixels[:, :, ::-1]
+    told = [member.predict(x, verbose=0) for member in members for x in (pixels, flipped)]
+    assert np.abs(told[0] - told[1]).max() > 1e-3
+    model = models.averaged(members, mirrored=True)
+    np.testing.assert_allclose(model.predict(pixels, verbose=0), np.mean(told, axis=0), **CLOSE)
+    np.testing.assert_allclose(model.predict(flipped, verbose=0), model.predict(pixels, verbose=0), **CLOSE)
+    alone = models.averaged(members[:1], mirrored=True)
+    np.testing.assert_allclose(alone.predict(pixels, verbose=0), (told[0] + told[1]) / 2, **CLOSE)
+
+
+def test_averaged_mirrored_of_a_symmetric_image_equals_the_plain(members, pixels):
+    symmetric = np.concatenate([pixels[:, :, :6], pixels[:, :, 5::-1]], axis=2)
+    plain, mirrored = (models.averaged(members, mirrored=mirrored) for mirrored in (False, True))
+    np.testing.assert_allclose(mirrored.predict(symmetric, verbose=0), plain.predict(symmetric, verbose=0), **CLOSE)
+
+
+def test_averaged_takes_models_whose_one_input_is_a_list(members, pixels):
+    listed = [keras.Model([each.input], [each.output]) for each in members]
+    told, expected = (models.averaged(each, mirrored=True).predict(pixels, verbose=0) for each in (listed, members))
+    np.testing.assert_array_equal(told, expected)
+
+
+def test_averaged_of_one_member_is_that_member(members):
+    assert models.averaged(members[:1]) is members[0]
+
+
+def test_averaged_round_trips_through_keras_file(members, pixels, tmp_path):
+    model = models.averaged(members, mirrored=True)
+    model.save(tmp_path / "m.keras")
+    copy = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(copy.predict(pixels, verbose=0), model.predict(pixels, verbose=0))
+
+
+def test_averaged_shares_the_members_weights_and_leaves_their_names(members):
+    names = [(member.name, [layer.name for layer in member.layers]) for member in members]
+    model = models.averaged(members, mirrored=True)
+    assert [(member.name, [layer.name for layer in member.layers]) for member in members] == names
+    shared = {id(weight) for member in members for weight in member.weights}
+    assert {id(weight) for weight in model.weights} == shared and len(model.weights) == len(shared)
+
+
+def test_averaged_unfit_members_are_refused(members):
+    with pytest.raises(ValueError, match="`members` is empty"):
+        models.averaged([])
+    for other in (models.compact_cnn((16, 16), 1, activation="sigmoid"), models.compact_cnn((16, 12), 2, filters=(4,))):
+        with pytest.raises(
+            ValueError, match=r"positions \[1\] take and give other shapes.*not \(\(16, 12, 1\), \(1,\)\)"
+        ):
+            models.averaged([members[0], other])
+    image, age = keras.Input((8, 8, 1), dtype="uint8"), keras.Input((1,))
+    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1.0)(image))
+    fused = keras.Model([image, age], keras.layers.Concatenate()([pooled, age]), name="fused")
+    colour = keras.Input((8, 8, 3), dtype="uint8")
+    for odd in (fused, keras.Model(colour, keras.layers.Rescaling(1.0)(colour), name="colour")):
+        with pytest.raises(ValueError, match=f"the model '{odd.name}' takes .* expected uint8"):
+            models.averaged([odd])

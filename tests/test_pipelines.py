@@ -252,6 +252,68 @@ def test_batches_with_further_inputs_keep_them_beside_their_images(arrays):
     assert set(first) == {"image", "patient"} and first["image"].dtype == "uint8" and first["patient"].shape == (4, 2)
 
 
+def test_batches_with_weights_keep_them_beside_their_images_over_epochs(arrays):
+    images_, rows, targets = arrays
+    weights = np.linspace(0.1, 1, 14, dtype=np.float32)
+    options = {"batch_size": 4, "seed": 0, "augment": augment.build(("flip",), (8, 8)), "weights": weights}
+    seen = []
+    for pixels, y, w in itertools.islice(pipelines.batches(images_, rows, targets, **options), 8):
+        chosen = y.argmax(axis=1)
+        np.testing.assert_array_equal(w, weights[chosen])
+        for image, row in zip(pixels[..., 0], rows[chosen], strict=True):
+            assert (image == images_[row]).all() or (image == images_[row][:, ::-1]).all()
+        seen.append(w)
+    orders = np.concatenate(seen).reshape(2, 14)
+    assert (orders[0] != orders[1]).any() and (np.sort(orders) == weights).all()
+
+
+def test_datasets_with_weights_give_them_third_and_in_float32(arrays):
+    images_, rows, targets = arrays
+    weights = np.linspace(0.1, 1, 14, dtype=np.float32)
+    got = list(pipelines.evaluation_dataset(images_, rows, targets, batch_size=5, weights=weights))
+    np.testing.assert_array_equal(np.concatenate([w for _, _, w in got]), weights)
+    np.testing.assert_array_equal(np.concatenate([y for _, y, _ in got]), targets)
+    beside = {"age": np.arange(30, dtype=np.float32)[:, None]}
+    dataset = pipelines.training_dataset(images_, rows, targets, batch_size=4, seed=0, weights=weights, beside=beside)
+    inputs, y, w = next(iter(dataset))
+    assert w.shape == (4,) and w.dtype == "float32"
+    np.testing.assert_array_equal(w, weights[y.numpy().argmax(axis=1)])
+    np.testing.assert_array_equal(inputs["age"][:, 0], rows[y.numpy().argmax(axis=1)])
+
+
+def test_datasets_of_a_store_give_each_split_its_images_weights(tree):
+    root, manifest = tree
+    (root / "i 2.png").write_bytes(b"")
+    splits = ["train", "valid", "train", "test", "valid"] * 4
+    store = _decode((root, manifest.assign(split=splits)), max_quarantined_share=0.1)
+    numbers = store.manifest["image_path"].str.extract(r"(\d+)", expand=False).to_numpy("float32")
+    train_from, valid = pipelines.datasets_of(
+        store, numbers[:, None], batch_size=3, seed=0, weights=numbers / np.float32(20)
+    )
+    (pixels, y, w), *_ = valid
+    assert y[:, 0].numpy().tolist() == [1, 4, 6, 9, 11, 14, 16, 19]
+    np.testing.assert_array_equal(w, y[:, 0] / 20)
+    np.testing.assert_array_equal(pixels[..., 0], store.images[np.isin(numbers, y[:, 0])])
+    parts = [(y[:, 0].numpy(), w.numpy()) for _, y, w in train_from(1).take(3)]
+    y, w = (np.concatenate(values) for values in zip(*parts, strict=True))
+    assert sorted(y) == [0, 5, 7, 10, 12, 15, 17]
+    np.testing.assert_array_equal(w, y / np.float32(20))
+
+
+@pytest.mark.parametrize("make", [pipelines.training_dataset, pipelines.evaluation_dataset])
+def test_datasets_weights_that_are_not_beside_the_rows_are_refused(arrays, make):
+    images_, rows, targets = arrays
+    options = {"batch_size": 4} | ({"seed": 0} if make is pipelines.training_dataset else {})
+    with pytest.raises(ValueError, match=r"shape \(30,\) with 14 targets; expected one weight a row"):
+        make(images_, rows, targets, weights=np.ones(30, np.float32), **options)
+
+
+def test_evaluation_dataset_weights_without_targets_are_refused(arrays):
+    images_, rows, _ = arrays
+    with pytest.raises(ValueError, match=r"shape \(14,\) with no targets"):
+        pipelines.evaluation_dataset(images_, rows, weights=np.ones(14, np.float32))
+
+
 def test_predict_files_further_inputs_are_those_of_the_readable_files(tree):
     (tree[0] / "i 3.png").write_bytes(b"")
     seen = []

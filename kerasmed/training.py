@@ -2,8 +2,9 @@
 
 import json
 import logging
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import runs
+from kerasmed import backbones, runs
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,15 @@ class Variant(NamedTuple):
     network: str
     config: object  # of the system
     reference: str | None
+
+
+class Stage(NamedTuple):
+    """One of several trainings that follow one another: which part of the network learns, how long and how fast."""
+
+    name: str
+    part: str  # of `kerasmed.backbones.PARTS`
+    epochs: int
+    learning_rate: float
 
 
 class Trained(NamedTuple):
@@ -68,7 +78,8 @@ def fit(
     Args:
         model: uncompiled, with a layer "logits" before its output.
         train: function of the first epoch to run -> dataset without end, from `pipelines.training_dataset`.
-        valid: dataset of the validation split.
+        valid: dataset of the validation split. Where either dataset has sample weights as a third part, they weigh the
+            loss, over the number of images, and not the metrics.
         folder: where checkpoint.npz, history.csv and model.keras go; the model's last, so that its presence means done.
         steps_per_epoch: batches an epoch.
         epochs: at most so many.
@@ -78,7 +89,7 @@ def fit(
         learning_rate: the optimizer's first one.
         weight_decay: share of a weight taken off per step, times the rate (with Adam: AdamW's); 0 for none.
         schedule: "cosine" (to 0 at the last epoch), "plateau" (times `plateau_factor` after `plateau_patience` epochs
-            without a better `monitor`) or "constant".
+            without a `monitor` better by at least 1e-4) or "constant".
         monitor: "val_loss", or "val_" and a metric's name: the column of the history that tells which epoch is best.
             Lower is better for the loss and for metrics that Keras counts as errors, higher for all others.
         stop_patience: stop after so many epochs without a better `monitor`.
@@ -149,6 +160,48 @@ def fit(
     runs.write_model(folder / "model.keras", model)
     (folder / "checkpoint.npz").unlink(missing_ok=True)
     return history
+
+
+def fit_stages(
+    model: keras.Model, stages: Sequence[Stage], fit_one: Callable, *, network: str, folder: Path
+) -> pd.DataFrame:
+    """Train a model in stages, each going on from the best weights of the one before, and keep the best stage.
+
+    The best is that of the lowest validation loss: a later stage that overfits from its first epoch on does not win.
+
+    Args:
+        model: with a layer `pool`; it ends with the weights that are kept.
+        stages: at least one, in order.
+        fit_one: function of folder, epochs and learning_rate that trains the model by `fit`.
+        network: of `kerasmed.backbones.set_trainable`.
+        folder: where history.csv and model.keras of the best stage go. Of several stages, each has a folder beside it,
+            `<folder>-<stage>`.
+
+    Returns:
+        History of the best stage.
+    """
+    folder = Path(folder)
+    finished = []
+    for stage in stages:
+        finished.append(folder.with_name(f"{folder.name}-{stage.name}") if len(stages) > 1 else folder)
+        if len(stages) > 1:
+            print(f"{finished[-1].name}: {stage.part} of the network learns", flush=True)
+        backbones.set_trainable(model, network, stage.part)
+        fit_one(folder=finished[-1], epochs=stage.epochs, learning_rate=stage.learning_rate)
+    best = min(finished, key=_kept_loss)
+    if best != folder:
+        for name in ("model.keras", "history.csv"):
+            with runs.whole(folder / name) as temporary:
+                shutil.copyfile(best / name, temporary)
+    if best != finished[-1]:  # whose weights the model has
+        model.set_weights(keras.saving.load_model(best / "model.keras").get_weights())
+    return pd.read_csv(folder / "history.csv")
+
+
+def _kept_loss(folder: Path) -> float:
+    """Validation loss of the epoch that a finished training kept."""
+    history = pd.read_csv(folder / "history.csv")
+    return float(history.loc[history["kept"], "val_loss"].iloc[0])
 
 
 def _mode(monitor, metrics):

@@ -236,3 +236,78 @@ def test_fit_infinite_loss_is_an_error_that_names_the_rate(tmp_path):
 def test_fit_unfit_options_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         _fit(tmp_path, **options)
+
+
+# --- sample weights --------------------------------------------------------------------------------------------------
+
+
+def _fit_weighted(folder, *, y_valid=None, **options):
+    """Train a dense model on one yes-or-no label in two groups, weighted by the training images' table."""
+    keras.utils.set_random_seed(0)
+    image = keras.Input((16, 16, 1), dtype="uint8")
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(image))
+    x = keras.layers.Dropout(0.3)(x)
+    logits = keras.layers.Dense(1, kernel_initializer="zeros", name="logits")(x)
+    model = keras.Model(image, keras.layers.Activation("sigmoid")(logits))
+    pixels, one_hot = _setting()
+    y, groups = one_hot[:, 1].copy(), np.arange(48) % 3 == 0
+    if y_valid is not None:
+        y[36:] = y_valid(y[36:])
+    table = losses.group_weights(y[:36], groups[:36])
+    weights = losses.sample_weights(y, groups, table)
+
+    def train(first_epoch):
+        return pipelines.training_dataset(
+            pixels, np.arange(36), y[:36, None], batch_size=8, seed=1, first_epoch=first_epoch, weights=weights[:36]
+        )
+
+    valid = pipelines.evaluation_dataset(pixels, np.arange(36, 48), y[36:, None], batch_size=5, weights=weights[36:])
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    metrics = [losses.BrierScore(), keras.metrics.BinaryAccuracy(threshold=0.0, name="accuracy")]
+    options = {"steps_per_epoch": 5, "epochs": 2, "metrics": metrics, **options}
+    history = training.fit(model, train, valid, folder=folder, loss=loss, **options)
+    return model, history, (pixels[36:, ..., None], y[36:], weights[36:])
+
+
+def test_fit_with_sample_weights_weighs_the_loss_over_images_and_not_the_metrics(tmp_path):
+    model, history, (pixels, y, weights) = _fit_weighted(tmp_path)
+    p = model.predict(pixels, verbose=0)[:, 0].astype("float64")
+    bce = -np.where(y == 1, np.log(p), np.log(1 - p))
+    kept = history[history["kept"]].iloc[0]
+    assert kept["val_loss"] == pytest.approx((weights * bce).sum() / 12, abs=1e-5)
+    # What else it might have been is far from it.
+    assert len(np.unique(weights)) == 4
+    for other in (bce.mean(), (weights * bce).sum() / weights.sum()):
+        assert abs(kept["val_loss"] - other) > 0.01
+    squared = (y - p) ** 2
+    assert kept["val_mse"] == pytest.approx(squared.mean(), abs=1e-6)
+    assert abs((weights * squared).sum() / weights.sum() - squared.mean()) > 1e-3
+    assert kept["val_accuracy"] == pytest.approx(((p > 0.5) == y).mean(), abs=1e-6)
+
+
+def test_fit_monitors_the_brier_score_for_its_lowest_value(tmp_path, capsys):
+    _, history, _ = _fit_weighted(tmp_path, monitor="val_mse", epochs=3)
+    lowest = history["val_mse"].idxmin()
+    assert history["kept"].idxmax() == lowest != history["val_mse"].idxmax()
+    assert f"(best val_mse {history['val_mse'].min():.3f} in epoch {lowest + 1};" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("killed_after", [2, 3])
+def test_fit_with_sample_weights_divides_the_rate_by_ten_on_a_plateau_also_when_resumed(
+    tmp_path, monkeypatch, killed_after
+):
+    # Validation labels the wrong way round: what training learns makes their loss rise from the second epoch on.
+    options = {"y_valid": lambda y: 1 - y, "epochs": 5, "learning_rate": 1e-4, "stop_patience": 9}
+    options |= {"plateau_factor": 0.1, "plateau_patience": 1}
+    whole, history, _ = _fit_weighted(tmp_path / "whole", **options)
+    np.testing.assert_allclose(history["learning_rate"], [1e-4, 1e-4, 1e-5, 1e-6, 1e-7], rtol=1e-5)
+    written = pd.read_csv(tmp_path / "whole/history.csv")
+    np.testing.assert_array_equal(written["learning_rate"], history["learning_rate"])
+    with monkeypatch.context() as patch:
+        _kill_after(patch, killed_after)
+        with pytest.raises(SystemExit):
+            _fit_weighted(tmp_path / "cut", **options)
+    resumed, resumed_history, _ = _fit_weighted(tmp_path / "cut", **options)
+    pd.testing.assert_frame_equal(history.drop(columns="seconds"), resumed_history.drop(columns="seconds"))
+    for one, other in zip(whole.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -7,7 +7,6 @@ The image branch is the network of a run of 04_chest_backbones, its last pooling
 so that no patient whom the network learnt from is tested.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ import pandas as pd
 
 from kerasmed import (
     augment,
-    backbones,
     environment,
     fusion,
     gradcam,
@@ -30,13 +28,14 @@ from kerasmed import (
     pipelines,
     predictions,
     runs,
+    training,
 )
 from kerasmed.datasets import chest as data
 from kerasmed.manifest import targets
 from kerasmed.parameters import refuse
 from kerasmed.systems.chest import shared
 from kerasmed.systems.chest.shared import FINDINGS
-from kerasmed.training import Trained
+from kerasmed.training import Stage, Trained
 
 ORIGIN = "04_chest_backbones"  # whose run this notebook goes on from
 
@@ -191,34 +190,21 @@ def train(config: Config, step: Step, store: pipelines.Store, origin: Origin, *,
         model = build_model(config, step, features, store)
         lower = config.learning_rate * config.unfrozen_share
         stages = [
-            ("head", "head", config.head_epochs, config.learning_rate),
-            ("unfrozen", "all", config.unfrozen_epochs, lower),
+            Stage("head", "head", config.head_epochs, config.learning_rate),
+            Stage("unfrozen", "all", config.unfrozen_epochs, lower),
         ]
         if not step.patient:
-            stages.insert(1, ("whole", "all", config.epochs, config.learning_rate))
-        finished = []
-        for stage, part, epochs, rate in stages:
-            print(f"{step.name}, {stage}: {part} of the network learns", flush=True)
-            backbones.set_trainable(model, origin.network, part)
-            finished.append(runs.variant_folder(run, f"{folder.name}-{stage}"))
-            options = {"epochs": epochs, "learning_rate": rate, "beside": beside(step, store)}
-            shared.fit(config, model, store, FINDINGS, folder=finished[-1], **options)
-        best = min(finished, key=_kept_loss)
-        for name in ("model.keras", "history.csv"):
-            with runs.whole(folder / name) as temporary:
-                shutil.copyfile(best / name, temporary)
-        model.set_weights(keras.saving.load_model(best / "model.keras").get_weights())
+            stages.insert(1, Stage("whole", "all", config.epochs, config.learning_rate))
+
+        def fit_one(**options):
+            return shared.fit(config, model, store, FINDINGS, beside=beside(step, store), **options)
+
+        training.fit_stages(model, stages, fit_one, network=origin.network, folder=folder)
         table = shared.predict_store(model, store, FINDINGS, variant=step.name, beside=beside(step, store))
         runs.write_table(folder / "predictions.csv", table)
     # Read from the file in any case, so that a resumed run has the very numbers of an undisturbed one.
     history, table = pd.read_csv(folder / "history.csv"), predictions.read(folder / "predictions.csv")
     return Trained(step.name, folder.name, history, table)
-
-
-def _kept_loss(folder: Path) -> float:
-    """Validation loss of the epoch that a finished training kept."""
-    table = pd.read_csv(folder / "history.csv")
-    return float(table.loc[table["kept"], "val_loss"].iloc[0])
 
 
 def history(run: Path) -> pd.DataFrame:

@@ -2,7 +2,8 @@
 
 A system's module (`datasets/<system>.py`) states `CLASS_NAMES` (part to classes), `EXCLUSIVE` (whether every image has
 exactly one of them), `SOURCES` (part to link and licence, empty where there is no public link), `LAYOUT`,
-`ARCHIVE_FOLDERS` (part to what its folder takes from the download: name there to folder or file in the archive),
+`ARCHIVE_FOLDERS` (part to what its folder takes from the download: name there to folder or file in the archive; empty
+where there is no download),
 `TABLES` (files of a part's folder that are no images but belong there), `folder(root)` (where its data lie under a data
 root, or None), `part_folder(root, part)` and `read(root, part)`; `datasets/synthetic/<system>.py` has
 `write(root, **options)`, which writes `synthetic.json` and `truth.csv` into the system's folder.
@@ -23,7 +24,7 @@ import pandas as pd
 from kerasmed import images, paths
 from kerasmed.manifest import SPLITS
 
-SYSTEMS = ("brain", "chest", "tritask")
+SYSTEMS = ("brain", "chest", "mura", "tritask")
 DATA_SOURCES = ("auto", "real", "synthetic")
 # Written into every synthetic set, so that it can never pass for real data.
 SYNTHETIC_MARKER = "synthetic.json"
@@ -87,11 +88,12 @@ def locate(system: str, parameters: Mapping, *, data_root=None) -> Source:
         return Source(root, kind(folder))
     if data_source == "real" or (data_source == "auto" and paths.is_data_root_chosen(data_root)):
         links = ", ".join(link for link, _ in module.SOURCES.values())
-        mend = (
-            f"Get them with `kerasmed data fetch {system}` or from {links}."
-            if links
-            else "No public link is known: lay the files out by hand, or name the data root that holds them."
-        )
+        if module.ARCHIVE_FOLDERS:
+            mend = f"Get them with `kerasmed data fetch {system}` or from {links}."
+        elif links:
+            mend = f"Get them from {links} and lay them out so, or name the data root that holds them."
+        else:
+            mend = "No public link is known: lay the files out by hand, or name the data root that holds them."
         raise FileNotFoundError(f"no {system} data under {root}; expected {module.LAYOUT}. {mend}")
     options = {
         name.removeprefix("synthetic_"): value for name, value in parameters.items() if name.startswith("synthetic_")
@@ -210,15 +212,16 @@ def fetch(system: str, root, *, download: Callable[[str], str] | None = None) ->
         The folders and files made; those already there are left alone.
 
     Raises:
-        ValueError: unknown system, or one without a public link.
+        ValueError: unknown system, or one that cannot be downloaded: no link is known, or it wants a registration.
         ImportError: kagglehub is not installed.
         FileNotFoundError: the archive has not the folders and files that it is known by.
     """
     module = reader(system)
-    if not module.SOURCES:
+    if not module.ARCHIVE_FOLDERS:
+        links = "; ".join(f"{link} ({licence})" for link, licence in module.SOURCES.values())
         raise ValueError(
-            f"{system} has no public link that is known here; lay its files out by hand under {root}, as "
-            f"{module.LAYOUT}."
+            f"{system} has no link to download from{f', only the page {links}' if links else ''}; lay its files out by "
+            f"hand under {root}, as {module.LAYOUT}."
         )
     if download is None:
         try:

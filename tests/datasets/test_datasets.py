@@ -24,7 +24,7 @@ def tritask_root(tmp_path):
 def test_reader_states_what_a_system_s_module_must(system, tmp_path):
     module = datasets.reader(system)
     assert isinstance(module.EXCLUSIVE, bool) and module.folder(tmp_path) is None
-    assert set(module.ARCHIVE_FOLDERS) == set(module.SOURCES) <= set(module.CLASS_NAMES)
+    assert set(module.ARCHIVE_FOLDERS) <= set(module.SOURCES) <= set(module.CLASS_NAMES)
     for part in module.CLASS_NAMES:
         assert module.part_folder(tmp_path, part).is_relative_to(tmp_path / system)
     assert all(isinstance(name, str) for name in module.TABLES) and module.LAYOUT.startswith(f"{system}/")
@@ -90,7 +90,7 @@ def test_locate_data_root_beside_synthetic_is_refused(brain_root):
 
 
 def test_locate_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'brian' is unknown; known are brain, chest, tritask"):
+    with pytest.raises(ValueError, match="'brian' is unknown; known are brain, chest, mura, tritask"):
         datasets.locate("brian", {"data_source": "auto"})
     with pytest.raises(ValueError, match="expected one of auto, real, synthetic"):
         datasets.locate("brain", {"data_source": "fake"})
@@ -172,16 +172,25 @@ def test_check_of_one_layout_for_all_parts_names_what_is_wrong(tritask_root):
 @pytest.mark.parametrize("system", datasets.SYSTEMS)
 def test_check_synthetic_set_has_no_problems(system, tmp_path):
     tiny_brain = {"patients_per_class": 3, "slices_per_patient": 1}
-    options = {"brain": tiny_brain, "chest": TINY_CHEST, "tritask": TINY_TRITASK}[system]
+    tiny = {"brain": tiny_brain, "chest": TINY_CHEST, "mura": {"patients": 40}, "tritask": TINY_TRITASK}
+    options = tiny[system]
     root = datasets.write_synthetic(system, tmp_path / "s", **options)
     counts, problems = datasets.check(system, root)
     assert problems.empty and len(counts)
 
 
 def test_fetch_without_a_public_link_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="tritask has no public link .* by hand under .*, as tritask/"):
+    with pytest.raises(ValueError, match="tritask has no link to download from; lay .* by hand under .*, as tritask/"):
         datasets.fetch("tritask", tmp_path, download=lambda _: pytest.fail("nothing to download"))
     assert not list(tmp_path.iterdir())
+
+
+def test_fetch_and_locate_of_a_set_behind_a_registration_name_its_page(tmp_path):
+    page = "https://stanfordmlgroup.github.io/competitions/mura/"
+    with pytest.raises(ValueError, match=f"only the page {page} .*after registration.*; lay .* as mura/MURA"):
+        datasets.fetch("mura", tmp_path, download=lambda _: pytest.fail("nothing to download"))
+    with pytest.raises(FileNotFoundError, match=f"no mura data under .* Get them from {page} and lay them out so"):
+        datasets.locate("mura", {"data_source": "real"}, data_root=tmp_path)
 
 
 def test_fetch_lays_archives_out_as_the_reader_expects(tmp_path, brain_root):

@@ -284,6 +284,30 @@ def data_fetch(system, data_root):
     click.echo("\n".join(str(path) for path in made) or f"{system}: all there already")
 
 
+@data.command("table")
+@click.argument("system")
+@click.option("--part", metavar="P", help="Which part, where the system has several.")
+@click.option("--studies", "by_study", is_flag=True, help="A row a study, with its folder and how many images it has.")
+@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="CSV to write.")
+@ROOT_OPTIONS["data_root"]
+def data_table(system, part, by_study, out, data_root):
+    """Write what the reader makes of SYSTEM's data as a CSV with a header: a row an image, or a row a study."""
+    from kerasmed import datasets, paths, runs, studies
+
+    module, root = _usage(datasets.reader, system), paths.data_root(data_root)
+    parts = list(module.CLASS_NAMES)
+    if part not in parts and (part or len(parts) > 1):
+        raise click.UsageError(f"--part is {part!r}; expected one of {', '.join(parts)}.")
+    if module.folder(root) is None:
+        raise click.UsageError(f"no {system} data under {root}; expected {module.LAYOUT}.")
+    part = part or parts[0]
+    table = _usage(module.read, root, part)
+    if by_study:
+        table = _usage(studies.table, table, module.CLASS_NAMES[part])
+    runs.write_table(out, table)
+    click.echo(f"{len(table)} {'studies' if by_study else 'images'} of {system}, written to {out}")
+
+
 @main.command()
 @click.argument("system")
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
@@ -384,13 +408,15 @@ def predict(system, path, run_, out, models_root):
         temporary.touch()
         table = _usage(recipe.predict, folder, path, progress=sys.stderr.isatty())
         table.to_csv(temporary, index=False)
+    what, named = ("studies", "study_path") if "study_path" in table else ("images", "image_path")
+    told = table.filter(regex="^p_").notna().any(axis=1)
+    click.echo(f"{told.sum()} of {len(table)} {what} predicted with {folder.name}, written to {out}")
     unreadable = table[table["error"] != ""]
-    click.echo(f"{len(table) - len(unreadable)} of {len(table)} images predicted with {folder.name}, written to {out}")
-    for row in unreadable.head(10).itertuples():
-        click.echo(f"  not read: {row.image_path}: {row.error}", err=True)
+    for name, error in unreadable[[named, "error"]].head(10).itertuples(index=False):
+        click.echo(f"  not read: {name}: {error}", err=True)
     if len(unreadable) > 10:
         click.echo(f"  and {len(unreadable) - 10} more; see the column `error`", err=True)
-    sys.exit(1 if len(unreadable) == len(table) else 0)
+    sys.exit(0 if told.any() else 1)
 
 
 @main.command()

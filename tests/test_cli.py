@@ -2,10 +2,11 @@ import shutil
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from kerasmed import audit, paths, pipelines, runs
+from kerasmed import audit, datasets, paths, pipelines, runs
 from kerasmed.cli import main
 
 
@@ -64,6 +65,29 @@ def test_check_exits_with_1_where_something_is_wrong(brain_root):
     (brain_root / "brain/alzheimer/train/MildDemented/cut.jpg").write_bytes(b"")
     bad = _call("check", "brain", brain_root)
     assert bad.exit_code == 1 and "cut.jpg: empty file (0 bytes)" in bad.output and "1 problems" in bad.output
+
+
+def test_data_table_writes_images_and_studies_with_a_header(tmp_path):
+    root = datasets.write_synthetic("mura", tmp_path / "s", patients=40)
+    images, by_study = tmp_path / "images.csv", tmp_path / "studies.csv"
+    done = _call("data", "table", "mura", "--out", images, "--data-root", root)
+    assert done.exit_code == 0 and f"{len(pd.read_csv(images))} images of mura" in done.output
+    done = _call("data", "table", "mura", "--studies", "--out", by_study, "--data-root", root)
+    table = pd.read_csv(by_study)
+    assert {"study_path", "images", "abnormal"} <= set(table) and f"{len(table)} studies of mura" in done.output
+    found = {path.parent.relative_to(root).as_posix() for path in root.rglob("*/image*.png")}
+    assert set(table["study_path"]) == found and table["images"].sum() == len(pd.read_csv(images))
+
+
+def test_data_table_wants_a_part_where_there_are_several(brain_root, tmp_path):
+    given = ("data", "table", "brain", "--out", tmp_path / "t.csv", "--data-root", brain_root)
+    done = _call(*given)
+    assert done.exit_code == 2 and "--part is None; expected one of alzheimer, brain_tumor" in done.output
+    assert _call(*given, "--part", "brain_tumor").exit_code == 0 and len(pd.read_csv(tmp_path / "t.csv")) == 48
+    done = _call(*given, "--part", "brain_tumor", "--studies")
+    assert done.exit_code == 2 and "study_id" in done.output
+    done = _call("data", "table", "mura", "--out", tmp_path / "m.csv", "--data-root", brain_root)
+    assert done.exit_code == 2 and "no mura data under" in done.output and not (tmp_path / "m.csv").exists()
 
 
 def test_data_list_and_synth(brain_root, tmp_path):

@@ -144,6 +144,12 @@ def key(notebook: str, parameters: Mapping, fingerprint: str) -> str:
         "sources": sources_hash(notebook),
         "parameters": kept,
     }
+    # A file of weights may hold others tomorrow.
+    files = {name: Path(value) for name, value in kept.items() if str(value).endswith((".keras", ".h5"))}
+    for name, path in files.items():
+        if path.is_file():
+            with open(path, "rb") as file:
+                identity[f"content of {name}"] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(json.dumps(_plain(identity), sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
 
 
@@ -245,7 +251,8 @@ def _host_hash() -> str:
 def save_figure(run: Path, figure, name: str) -> Path:
     """Write a matplotlib figure to `figures/<name>.png`; one made from synthetic data says so on itself."""
     if read_json(run / "environment.json")["data_source"] == "synthetic":
-        figure.text(1, -0.01, "synthetic data", ha="right", va="top", fontsize=9, color="firebrick")
+        # Above all else: a legend outside the axes keeps to the lower edge of what is saved.
+        figure.text(1, 1.0, "synthetic data", ha="right", va="bottom", fontsize=9, color="firebrick")
     path = run / "figures" / f"{name}.png"
     with whole(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")

@@ -32,6 +32,16 @@ def _row(**changes):
     } | changes
 
 
+def test_key_changes_with_the_content_of_a_file_of_weights(tmp_path):
+    parameters = {"weights": str(tmp_path / "model.keras")}
+    absent = runs.key("07_brain_mri", parameters, "f")
+    keys = []
+    for content in (b"one", b"other", b"one"):
+        (tmp_path / "model.keras").write_bytes(content)
+        keys.append(runs.key("07_brain_mri", parameters, "f"))
+    assert keys[0] == keys[2] and len({absent, *keys}) == 3
+
+
 def test_whole_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "a.json"
     runs.write_json(path, {"a": 1})

@@ -391,7 +391,11 @@ def audit(path, data_root, out, accepted, similarity):
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="CSV to write.")
 @ROOT_OPTIONS["models_root"]
 def predict(system, path, run_, out, models_root):
-    """Predict an image file, or all in a folder, with the models of a run of SYSTEM."""
+    """Predict an image file, or all in a folder, with the models of a run of SYSTEM.
+
+    With mura, studies are predicted: DICOM files of one study, or images that lie in one folder, are one; so is a file
+    that is named alone.
+    """
     import importlib
 
     from kerasmed import datasets, environment, runs
@@ -410,7 +414,8 @@ def predict(system, path, run_, out, models_root):
         table.to_csv(temporary, index=False)
     what, named = ("studies", "study_path") if "study_path" in table else ("images", "image_path")
     told = table.filter(regex="^p_").notna().any(axis=1)
-    click.echo(f"{told.sum()} of {len(table)} {what} predicted with {folder.name}, written to {out}")
+    alone = f" ({(table['images'] == 1).sum()} of one image)" if "images" in table else ""
+    click.echo(f"{told.sum()} of {len(table)} {what}{alone} predicted with {folder.name}, written to {out}")
     unreadable = table[table["error"] != ""]
     for name, error in unreadable[[named, "error"]].head(10).itertuples(index=False):
         click.echo(f"  not read: {name}: {error}", err=True)

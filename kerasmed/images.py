@@ -218,6 +218,25 @@ def headers(root, image_paths: Sequence[str], *, threads: int = 8) -> pd.DataFra
     return table.astype(dict.fromkeys(("bytes", "height", "width", "bits"), "Int64"))
 
 
+def is_dicom(path) -> bool:
+    """Whether a file begins as a DICOM file does, whatever its name."""
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def study_uid(path) -> str:
+    """StudyInstanceUID of a DICOM file, "" where there is none: to tell studies apart, never to be shown or kept."""
+    import pydicom
+
+    try:
+        with _dicom_errors():
+            return str(
+                pydicom.dcmread(path, specific_tags=["StudyInstanceUID"], stop_before_pixels=True)[0x20000D].value
+            )
+    except ImageError:
+        return ""
+
+
 def _open(file, start: bytes) -> Image.Image:
     """Open a file object with Pillow, which reads the header only; `start` is shown where it is no image."""
     try:

@@ -451,7 +451,7 @@ def predict_files(
     """Predict raw image files, each read once and not kept.
 
     Args:
-        path: an image file or a folder, searched through.
+        path: an image file or a folder, searched through; see `kerasmed.datasets.image_files`.
         models: (Keras model, uint8 (batch, height, width, 1) -> probabilities; names of its classes) each.
         image_size, read_options: as in the models' training.
         beside: function of image paths, as in the table -> the models' further inputs, as in `batch`.
@@ -464,16 +464,7 @@ def predict_files(
     Raises:
         FileNotFoundError: no such path, or no image below it.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; name an image file or a folder of images.")
-    root = path if path.is_dir() else path.parent
-    found = list(datasets.files(path)) if path.is_dir() else [path]
-    names = [
-        Path(entry).relative_to(root).as_posix() for entry in found if Path(entry).suffix.lower() in images.SUFFIXES
-    ]
-    if not names:
-        raise FileNotFoundError(f"no image under {path}; files ending in {', '.join(images.SUFFIXES)} are read.")
+    root, names = datasets.image_files(path)
     tables = []
     with tqdm(
         total=len(names), unit="image", desc="predict", disable=not progress, mininterval=1, ascii=True, ncols=80

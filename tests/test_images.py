@@ -561,3 +561,12 @@ def test_headers_of_dicom_give_reasons():
 def test_images_import_leaves_pydicom_out():
     code = "import sys, kerasmed.images; sys.exit('pydicom' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_study_uid_is_the_files_own_and_empty_where_there_is_none(tmp_path, ramp):
+    path = WHEEL / "test_files" / "CT_small.dcm"
+    assert images.is_dicom(path) and images.study_uid(path) == pydicom.dcmread(path).StudyInstanceUID
+    picture = _png(tmp_path / "a.png", ramp)
+    assert not images.is_dicom(picture) and images.study_uid(picture) == ""
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:140])
+    assert images.is_dicom(tmp_path / "cut") and images.study_uid(tmp_path / "cut") == ""

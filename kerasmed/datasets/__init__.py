@@ -12,6 +12,7 @@ root, or None), `part_folder(root, part)` and `read(root, part)`; `datasets/synt
 import hashlib
 import importlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ import pandas as pd
 
 from kerasmed import images, paths
 from kerasmed.manifest import SPLITS
+
+logger = logging.getLogger(__name__)
 
 SYSTEMS = ("brain", "chest", "mura", "tritask")
 DATA_SOURCES = ("auto", "real", "synthetic")
@@ -263,6 +266,36 @@ def files(folder: Path) -> Iterator[os.DirEntry]:
                 yield from files(Path(entry.path))
             else:
                 yield entry
+
+
+def image_files(path) -> tuple[Path, list[str]]:
+    """List the images at a path: the file itself, whatever its name, or those below a folder.
+
+    Below a folder a file is an image by its suffix, or, as scanners name theirs anyhow, by beginning as DICOM does. A
+    warning counts the visible files that are neither.
+
+    Returns:
+        The folder, and the paths relative to it, "/" between folders, in sorted order.
+
+    Raises:
+        FileNotFoundError: no such path, or no image below it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; name an image file or a folder of images.")
+    if not path.is_dir():
+        return path.parent, [path.name]
+    names, others = [], []
+    for entry in map(Path, files(path)):
+        is_image = entry.suffix.lower() in images.SUFFIXES or (entry.is_file() and images.is_dicom(entry))
+        (names if is_image else others).append(entry.relative_to(path).as_posix())
+    if not names:
+        raise FileNotFoundError(
+            f"no image under {path}; files ending in {', '.join(images.SUFFIXES)}, and DICOM of any name, are read."
+        )
+    if others:
+        logger.warning("%d files are no images and were left out: %s", len(others), ", ".join(others[:3]))
+    return path, names
 
 
 def fingerprint(system: str, source: Source) -> str:

@@ -270,3 +270,24 @@ def test_fetch_unknown_archive_layout_is_refused(tmp_path):
     (tmp_path / "archive/New").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"no folder Alzheimer_s Dataset/train; it holds \['New'\]"):
         datasets.fetch("brain", tmp_path / "d", download=lambda _: str(tmp_path / "archive"))
+
+
+def test_image_files_takes_dicom_of_any_name_and_says_what_it_leaves_out(tmp_path, caplog):
+    (tmp_path / "a").mkdir()
+    for name, content in {"a/IM0001": b"\0" * 128 + b"DICM", "b.PNG": b"", "a/1.2.840": b"\0" * 128 + b"DICM"}.items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("notes.txt", "a/short", ".DS_Store", "._b.PNG"):
+        (tmp_path / name).write_text("x")
+    root, names = datasets.image_files(tmp_path)
+    assert root == tmp_path and names == ["a/1.2.840", "a/IM0001", "b.PNG"]
+    assert "2 files are no images and were left out: a/short, notes.txt" in caplog.text
+    # What is named outright is tried, whatever its name.
+    assert datasets.image_files(tmp_path / "notes.txt") == (tmp_path, ["notes.txt"])
+
+
+def test_image_files_without_an_image_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match="no image under .*; files ending in .jpg.*, and DICOM of any name"):
+        datasets.image_files(tmp_path)
+    with pytest.raises(FileNotFoundError, match="absent does not exist"):
+        datasets.image_files(tmp_path / "absent")

@@ -291,7 +291,7 @@ def table(
     heat: np.ndarray,
     status: Sequence[str],
     labels: Sequence[str],
-    boxes: np.ndarray,
+    boxes: np.ndarray | None,
     image_size: tuple[int, int],
     *,
     threshold: float = 0.5,
@@ -302,7 +302,8 @@ def table(
         heat: float, shape (num_boxes, h, w): the map of the box's image for the box's label.
         status: shape (num_boxes,), of `kerasmed.gradcam.Maps`.
         labels: shape (num_boxes,): what the box holds.
-        boxes: float, shape (num_boxes, 4): x, y, width, height in pixels of an image of `image_size`.
+        boxes: float, shape (num_boxes, 4): x, y, width, height in pixels of an image of `image_size`. None where no
+            boxes are known: then the table has label and status alone.
         image_size: (height, width).
         threshold: of `iou`.
 
@@ -320,14 +321,16 @@ def table(
             f"`heat` has {len(heat)} maps, `status` the shape {status.shape} and `labels` {labels.shape}; expected one "
             "each for every map."
         )
-    hits, chance = pointing_game(heat, boxes, image_size)
     unlike = np.flatnonzero((status == OK) != (np.asarray(heat) > 0).any(axis=(1, 2)))
     if len(unlike):
         raise ValueError(
             f"{len(unlike)} of {len(heat)} maps have heat and a status other than {OK!r}, or this status and no heat; "
             f"are maps and statuses in the same order? First rows: {unlike[:5].tolist()}."
         )
-    columns = {"label": labels, "status": status, "hit": hits, "chance": chance}
+    columns = {"label": labels, "status": status}
+    if boxes is None:
+        return pd.DataFrame(columns)
+    columns["hit"], columns["chance"] = pointing_game(heat, boxes, image_size)
     columns["energy"] = energy_inside(heat, boxes, image_size)
     columns["iou"] = iou(heat, boxes, image_size, threshold=threshold)
     return pd.DataFrame(columns)

@@ -174,34 +174,33 @@ def fit_stages(
         stages: at least one, in order.
         fit_one: function of folder, epochs and learning_rate that trains the model by `fit`.
         network: of `kerasmed.backbones.set_trainable`.
-        folder: where history.csv and model.keras of the best stage go. Of several stages, each has a folder beside it,
-            `<folder>-<stage>`.
+        folder: where history.csv, of all stages, and model.keras of the best one go. Of several stages, each has a
+            folder beside it, `<folder>-<stage>`.
 
     Returns:
-        History of the best stage.
+        History of all stages, epochs counted through; of several, with `stage`, and `kept` true in the best one alone.
     """
     folder = Path(folder)
     finished = []
     for stage in stages:
         finished.append(folder.with_name(f"{folder.name}-{stage.name}") if len(stages) > 1 else folder)
+        finished[-1].mkdir(parents=True, exist_ok=True)
         if len(stages) > 1:
             print(f"{finished[-1].name}: {stage.part} of the network learns", flush=True)
         backbones.set_trainable(model, network, stage.part)
         fit_one(folder=finished[-1], epochs=stage.epochs, learning_rate=stage.learning_rate)
-    best = min(finished, key=_kept_loss)
-    if best != folder:
-        for name in ("model.keras", "history.csv"):
-            with runs.whole(folder / name) as temporary:
-                shutil.copyfile(best / name, temporary)
-    if best != finished[-1]:  # whose weights the model has
-        model.set_weights(keras.saving.load_model(best / "model.keras").get_weights())
-    return pd.read_csv(folder / "history.csv")
-
-
-def _kept_loss(folder: Path) -> float:
-    """Validation loss of the epoch that a finished training kept."""
-    history = pd.read_csv(folder / "history.csv")
-    return float(history.loc[history["kept"], "val_loss"].iloc[0])
+    if len(stages) == 1:
+        return pd.read_csv(folder / "history.csv")
+    tables = [pd.read_csv(each / "history.csv").assign(stage=stage.name) for each, stage in zip(finished, stages)]
+    best = int(np.argmin([table.loc[table["kept"], "val_loss"].iloc[0] for table in tables]))
+    if best != len(stages) - 1:  # whose weights the model has
+        model.set_weights(keras.saving.load_model(finished[best] / "model.keras").get_weights())
+    history = pd.concat([table.assign(kept=table["kept"] & (at == best)) for at, table in enumerate(tables)])
+    history = history.assign(epoch=np.arange(1, len(history) + 1)).reset_index(drop=True)
+    runs.write_table(folder / "history.csv", history)
+    with runs.whole(folder / "model.keras") as temporary:
+        shutil.copyfile(finished[best] / "model.keras", temporary)
+    return history
 
 
 def _mode(monitor, metrics):

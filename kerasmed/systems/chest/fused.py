@@ -207,12 +207,6 @@ def train(config: Config, step: Step, store: pipelines.Store, origin: Origin, *,
     return Trained(step.name, folder.name, history, table)
 
 
-def history(run: Path) -> pd.DataFrame:
-    """Histories of all stages of all steps, with `training`, the stage's folder."""
-    folders = sorted(path.parent for path in (run / "variants").glob("*-*/history.csv"))
-    return pd.concat([pd.read_csv(folder / "history.csv").assign(training=folder.name) for folder in folders])
-
-
 def baselines(config: Config, store: pipelines.Store) -> dict[str, multilabel.Answer]:
     """Answers to the test images without a look at them: from patient data, the previous visit's findings, and both.
 
@@ -301,11 +295,8 @@ def cam_health(
     if pairs.empty:
         return []
     maps = explain(step, store, pairs, explainer)
-    if "width" in pairs:
-        boxes = pairs[["x", "y", "width", "height"]].to_numpy()
-        table = localisation.table(maps.heat, maps.status, pairs["label"], boxes, store.images.shape[1:])
-    else:
-        table = pd.DataFrame({"label": pairs["label"].to_numpy(), "status": maps.status})
+    boxes = pairs[["x", "y", "width", "height"]].to_numpy() if "width" in pairs else None
+    table = localisation.table(maps.heat, maps.status, pairs["label"], boxes, store.images.shape[1:])
     groups = store.manifest["group_id"].to_numpy()[pairs["row"]]
     options = {"task": shared.TASK, "variant": step.name, "split": split}
     return localisation.summary(table, groups, num_draws=config.bootstraps, seed=config.seed, **options)

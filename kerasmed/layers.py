@@ -203,6 +203,7 @@ _TRANSFORMS = {
     "shift": lambda: (0.5, _drawn(keras.layers.RandomTranslation(0.06, 0.06, **_BLACK))),
     "flip_vertical": lambda: (1.0, _drawn(keras.layers.RandomFlip("vertical"))),
     "rotate_any": lambda: (0.5, _drawn(keras.layers.RandomRotation(90 / 360, **_BLACK))),
+    "rotate_30": lambda: (1.0, _drawn(keras.layers.RandomRotation(30 / 360, **_BLACK))),
     "shear": lambda: (0.5, _sheared),
     "scale_wide": lambda: (0.5, _scaled),
     "pad": lambda: (0.5, _framed(1, "constant")),

@@ -116,7 +116,7 @@ def test_build_augmentation_changes_as_much_and_as_often_as_albumentations(head,
         brightness.append(draws[differs].mean())
     # 300 draws at 0.5 or 0.25: four standard errors of a difference are 0.16
     assert changed[1] == pytest.approx(changed[0], abs=0.16)
-    assert changed[1] == pytest.approx({"noise_rare": 0.25}.get(name, 0.5), abs=0.12)
+    assert changed[1] == pytest.approx({"noise_rare": 0.25, "rotate_30": 1.0}.get(name, 0.5), abs=0.12)
     # Albumentations shifts and scales by whole pixels and cuts noise towards 0: up to a fifth of the change.
     assert strength[1] == pytest.approx(strength[0], rel=0.25)
     assert brightness[1] == pytest.approx(brightness[0], rel=0.06)

@@ -7,9 +7,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kerasmed import manifest
 from kerasmed.label_plots import GREY
 from kerasmed.manifest import SPLITS
-from kerasmed.plots import COLOURS, panels
+from kerasmed.plots import COLOURS, image_grid, panels
 
 ALL = "all"  # the row of a split's totals
 _COLUMNS = ["patient_id", "study_id", "split", "body_part", "abnormal"]
@@ -54,6 +55,34 @@ def counts(table: pd.DataFrame) -> pd.DataFrame:
     )
     counted.index = counted.index.set_levels([level.astype(str) for level in counted.index.levels])
     return counted.astype({"abnormal_studies": int})
+
+
+def samples(images: np.ndarray, table: pd.DataFrame, *, title: str, count: int = 4, captions=None) -> Figure:
+    """Show images of each study type, a row a type: normal ones on the left, abnormal ones on the right.
+
+    Args:
+        images: uint8, shape (num_images, height, width).
+        table: a row an image beside them, with body_part and abnormal.
+        title: of the figure.
+        count: images of each kind, evenly spread over those there are; where there are fewer, places stay black.
+        captions: a line for each image, shape (num_images,), below its kind; None for the kind alone.
+
+    Returns:
+        The figure, 2 · count columns wide.
+    """
+    types = sorted(table["body_part"].unique())
+    of_kind = [table["body_part"].eq(name) & table["abnormal"].eq(kind) for name in types for kind in (0, 1)]
+    flags = pd.concat(of_kind, axis=1, keys=range(len(of_kind))).astype(int)
+    chosen = manifest.samples(flags, flags.columns, count=count)
+    shown = np.zeros((len(of_kind) * count, *images.shape[1:]), np.uint8)
+    lines = [""] * len(shown)
+    for place, positions in enumerate(chosen):
+        for step, position in enumerate(positions):
+            shown[place * count + step] = images[position]
+            more = "" if captions is None else f"\n{captions[position]}"
+            lines[place * count + step] = ("normal", "abnormal")[place % 2] + more
+    labels = [name.removeprefix("XR_").lower() for name in types]
+    return image_grid(shown, lines, title=title, columns=2 * count, row_labels=labels)
 
 
 def overview(table: pd.DataFrame, *, title: str) -> Figure:

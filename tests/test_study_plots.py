@@ -158,3 +158,13 @@ def test_overview_does_not_change_its_table(table):
     before = table.copy()
     study_plots.overview(table, title="T")
     pd.testing.assert_frame_equal(table, before)
+
+
+def test_samples_show_normal_left_of_abnormal_and_leave_places_black():
+    images = np.arange(1, 6, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    kinds = {"body_part": ["XR_HAND", "XR_HAND", "XR_HAND", "XR_WRIST", "XR_WRIST"], "abnormal": [0, 1, 0, 1, 1]}
+    figure = study_plots.samples(images, pd.DataFrame(kinds), title="t", count=2, captions=list("abcde"))
+    shown = [(axis.images[0].get_array().max(), axis.get_title()) for axis in figure.axes]
+    hand = [(1, "normal\na"), (3, "normal\nc"), (2, "abnormal\nb"), (0, "")]
+    assert shown == hand + [(0, ""), (0, ""), (4, "abnormal\nd"), (5, "abnormal\ne")]
+    assert {text.get_text() for axis in figure.axes for text in axis.texts} == {"hand", "wrist"}

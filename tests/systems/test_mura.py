@@ -5,17 +5,19 @@ import shutil
 import subprocess
 import sys
 
+import cv2
 import keras
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 from sklearn.metrics import cohen_kappa_score, confusion_matrix, roc_auc_score
 
-from kerasmed import audit, datasets, environment, metrics, notebooks, runs, studies
+from kerasmed import audit, datasets, environment, metrics, multilabel, notebooks, runs, studies
 from kerasmed.datasets import mura as data
 from kerasmed.parameters import names_of
 from kerasmed.systems import mura
-from kerasmed.systems.mura import networks, results
+from kerasmed.systems.mura import networks, prediction, results
 from kerasmed.training import Trained
 
 QUICK = {"ensemble_seeds": [], "compare_loss": False, "experts": [], "tuned_experts": [], "bootstraps": 50}
@@ -108,12 +110,50 @@ def test_of_type_leaves_other_types_out_and_keeps_splits(store):
 def test_variants_change_one_thing_each():
     config = _config(compare_loss=True, ensemble_seeds=[1, 2])
     found = {variant.name: variant for variant in networks.variants(config)}
-    assert list(found) == ["compact", "compact, plain loss", "compact, seed 1", "compact, seed 2"]
-    assert [variant.reference for variant in found.values()] == [None, "compact", "compact", "compact"]
+    assert list(found) == ["compact", "compact, plain loss"]
+    assert [variant.reference for variant in found.values()] == [None, "compact"]
     assert found["compact, plain loss"].config.loss == "plain"
-    assert [found[f"compact, seed {seed}"].config.seed for seed in (1, 2)] == [1, 2]
+    seeds = {variant.name: variant.config.seed for variant in networks.further_seeds(config)}
+    assert seeds == {"compact, seed 1": 1, "compact, seed 2": 2}
     pretrained = _config(network="DenseNet169", weights="imagenet", compare_fine_tuning=True)
     assert networks.variants(pretrained)[1].config.fine_tune
+
+
+def test_read_without_one_of_the_published_parts_names_it(source, tmp_path):
+    for absent, other in (("train", "valid"), ("valid", "train")):
+        root = tmp_path / absent
+        shutil.copytree(source.root / "mura/MURA-v1.1" / other, root / "mura/MURA-v1.1" / other)
+        with pytest.raises(FileNotFoundError, match=f"no image in {absent} of .*; both published parts are needed"):
+            networks.read(_config(), datasets.Source(root, "real"))
+
+
+def test_fit_augments_and_weighs_training_and_leaves_validation_as_it_is(store, tmp_path, monkeypatch):
+    handed = {}
+
+    def keep(model, train, valid, **options):
+        handed.update(train=next(iter(train(0).as_numpy_iterator())), valid=list(valid.as_numpy_iterator()), **options)
+
+    monkeypatch.setattr(networks.training, "fit", keep)
+    config = _config(augmentation=["flip", "rotate_30"], batch_size=16)
+    networks.fit(config, None, store, folder=tmp_path, epochs=1, learning_rate=0.1)
+    valid = store.manifest[store.manifest["split"] == "valid"]
+    pixels, labels, weights = (np.concatenate(each) for each in zip(*handed["valid"]))
+    np.testing.assert_array_equal(pixels[..., 0], store.images[valid.index])
+    np.testing.assert_array_equal(labels[:, 0], valid["abnormal"])
+    # The weights of validation images are those of the training images' counts.
+    learnt = store.manifest[store.manifest["split"] == "train"]
+    shares = learnt.groupby("body_part")["abnormal"].mean()
+    of_type = valid["body_part"].map(shares)
+    np.testing.assert_allclose(weights, np.where(valid["abnormal"] == 1, 1 - of_type, of_type), rtol=1e-6)
+    counted = valid["body_part"].map(valid.groupby("body_part")["abnormal"].mean())
+    assert np.abs(weights - np.where(valid["abnormal"] == 1, 1 - counted, counted)).max() > 0.05
+    # Each image of the batch is some training image, but none as it is stored, up to a rotation by next to nothing.
+    stored = {image.tobytes() for image in store.images[learnt.index]}
+    assert sum(image[..., 0].tobytes() in stored for image in handed["train"][0]) <= 1
+    assert (handed["plateau_patience"], handed["plateau_factor"]) == (1, 0.1)
+    plain = _config(loss="plain")
+    networks.fit(plain, None, store, folder=tmp_path, epochs=1, learning_rate=0.1)
+    assert len(handed["train"]) == 2
 
 
 def test_stages_of_fine_tuning_are_the_head_then_all_at_a_share_of_the_rate():
@@ -138,7 +178,8 @@ def test_train_average_promote_and_predict_agree(source, store, tmp_path):
     config = _config(ensemble_seeds=[1])
     run = tmp_path / "run"
     environment.setup(seed=0)
-    members = [networks.train(variant, store, run=run) for variant in networks.variants(config)]
+    listed = [*networks.variants(config), *networks.further_seeds(config)]
+    members = [networks.train(variant, store, run=run) for variant in listed]
     mean = networks.average(members, run=run)
     told = [each.predictions["p_abnormal"].to_numpy() for each in (*members, mean)]
     np.testing.assert_allclose(told[2], (told[0] + told[1]) / 2, rtol=1e-12)
@@ -148,6 +189,8 @@ def test_train_average_promote_and_predict_agree(source, store, tmp_path):
 
     answers = results.promote(config, run, mean, members)
     assert answers["models"] == ["model.keras", "model-2.keras"]
+    of_studies = studies.predictions(mean.predictions, networks.CLASS_NAMES)
+    assert answers["threshold"] == multilabel.thresholds(of_studies, networks.CLASS_NAMES)[0]
     folder = source.root / "mura/MURA-v1.1/valid"
     table = mura.predict(run, folder, progress=False).set_index("study_path")
     expected = studies.predictions(mean.predictions, networks.CLASS_NAMES).query("split == 'test'")
@@ -157,6 +200,21 @@ def test_train_average_promote_and_predict_agree(source, store, tmp_path):
     np.testing.assert_allclose(table["p_abnormal"], expected.loc[table.index, "p_abnormal"], atol=1e-5)
     assert (table["images"] == expected.loc[table.index, "images"]).all() and (table["error"] == "").all()
     assert ((table["p_abnormal"] >= answers["threshold"]) == (table["abnormal"] == 1)).all()
+
+
+def _write_dicom(path, pixels, study="1.2.9"):
+    """A computed radiograph whose bright bone is stored as small numbers."""
+    dataset = pydicom.Dataset()
+    dataset.Rows, dataset.Columns = pixels.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME1"
+    dataset.BitsAllocated = dataset.BitsStored = 8
+    dataset.HighBit, dataset.PixelRepresentation = 7, 0
+    dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.ComputedRadiographyImageStorage, "1.2.3"
+    dataset.StudyInstanceUID = study
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.PixelData = (255 - pixels).tobytes()
+    dataset.save_as(path, enforce_file_format=True)
 
 
 def test_predict_averages_what_can_be_read_and_names_what_cannot(source, store, tmp_path):
@@ -184,8 +242,44 @@ def test_predict_averages_what_can_be_read_and_names_what_cannot(source, store, 
     assert one["study_path"].tolist() == ["image0.png"] and one["p_abnormal"].item() == pytest.approx(
         told.iloc[0], abs=1e-5
     )
-    whole = mura.predict(run, tmp_path / "asked/one", progress=False)
+    whole = mura.predict(run, tmp_path / "asked/one/", progress=False)
     assert whole["study_path"].tolist() == ["one"]
+    pixels = cv2.imread(str(tmp_path / "asked/one/image0.png"), cv2.IMREAD_GRAYSCALE)
+    _write_dicom(tmp_path / "asked/image.dcm", pixels)
+    of_dicom = mura.predict(run, tmp_path / "asked/image.dcm", progress=False)
+    assert of_dicom["p_abnormal"].item() == pytest.approx(told.iloc[0], abs=1e-5)
+
+
+def test_gather_joins_dicom_of_one_study_and_other_images_of_one_folder(tmp_path):
+    names = [
+        "a/SE1/x.dcm",
+        "a/SE2/IM0001",
+        "b/y.dcm",
+        "c/image1.png",
+        "c/image2.png",
+        "c/other.dcm",
+        "c/third.dcm",
+        "top.png",
+    ]
+    uids = {"a/SE1/x.dcm": "1.2.1", "a/SE2/IM0001": "1.2.1", "b/y.dcm": "1.2.2", "c/other.dcm": "1.2.3"}
+    uids["c/third.dcm"] = "1.2.4"
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name in uids:
+            _write_dicom(tmp_path / name, np.zeros((4, 4), np.uint8), study=uids[name])
+        else:
+            (tmp_path / name).write_bytes(b"png")
+    found = prediction.gather(tmp_path, names)
+    assert found == {
+        "a": [0, 1],
+        "b": [2],
+        "c/image1.png": [3, 4],
+        "c/other.dcm": [5],
+        "c/third.dcm": [6],
+        ".": [7],
+    }
+    assert prediction.gather(tmp_path / "c", ["image1.png", "image2.png"]) == {"c": [0, 1]}
+    assert prediction.gather(tmp_path / "top.png", ["top.png"]) == {"top.png": [0]}
 
 
 def test_train_experts_answer_their_own_type_alone(store, tmp_path):
@@ -194,7 +288,11 @@ def test_train_experts_answer_their_own_type_alone(store, tmp_path):
     environment.setup(seed=0)
     one = networks.train(networks.variants(config)[0], store, run=run)
     wrist = (store.manifest["body_part"] == "XR_WRIST").to_numpy()
-    for fine_tune, name in ((False, "compact, one per type"), (True, "compact, one per type, fine-tuned")):
+    assert networks.experts_name(one, sorted(set(store.manifest["body_part"])), store, fine_tune=True) == (
+        "compact, one per type, fine-tuned"
+    )
+    own = "compact, one per type (wrist)"
+    for fine_tune, name in ((False, own), (True, f"{own}, fine-tuned")):
         routed = networks.train_experts(config, one, ["XR_WRIST"], store, fine_tune=fine_tune, run=run)
         assert routed.variant == name and set(routed.predictions["variant"]) == {name}
         told, before = (each.predictions["p_abnormal"].to_numpy() for each in (routed, one))
@@ -204,7 +302,7 @@ def test_train_experts_answer_their_own_type_alone(store, tmp_path):
         pixels = store.images[np.flatnonzero(wrist)][..., None]
         np.testing.assert_allclose(expert.predict(pixels, verbose=0)[:, 0], told[wrist], atol=1e-5)
     stages_ = {path.name for path in (run / "variants").iterdir()}
-    assert {f"compact-one-per-type-fine-tuned-XR_WRIST-{stage}" for stage in ("head", "all")} <= stages_
+    assert {f"compact-one-per-type-wrist-fine-tuned-XR_WRIST-{stage}" for stage in ("head", "all")} <= stages_
 
 
 def test_expert_types_leaves_out_types_without_both_kinds(store):
@@ -258,6 +356,18 @@ def test_evaluate_scores_studies_as_scikit_learn_does(store):
         assert found[split, "kappa_at_half"] == pytest.approx(cohen_kappa_score(truth, decided), abs=1e-6)
         assert found[split, "sensitivity_at_half"] == pytest.approx(tp / (tp + fn), abs=1e-6)
         assert found[split, "specificity_at_half"] == pytest.approx(tn / (tn + fp), abs=1e-6)
+    # The nearest neighbour of each test image, and its study's mean, one after the other.
+    learnt, asked = (np.flatnonzero(store.manifest["split"] == name) for name in ("train", "test"))
+    flat = store.thumbnails.reshape(len(store.thumbnails), -1).astype(float)
+    likeness = np.corrcoef(flat)[np.ix_(asked, learnt)]
+    answer = store.manifest["abnormal"].to_numpy()[learnt[likeness.argmax(axis=1)]]
+    by_study = pd.DataFrame({"told": answer, "study": store.manifest["study_id"].to_numpy()[asked]})
+    by_study["truth"] = store.manifest["abnormal"].to_numpy()[asked]
+    means = by_study.groupby("study").mean()
+    neighbour = rows[(rows["task"] == "studies") & (rows["variant"] == metrics.NEAREST_NEIGHBOUR)]
+    neighbour = neighbour.set_index(["split", "metric"])["value"]
+    assert neighbour["test", "auroc"] == pytest.approx(roc_auc_score(means["truth"], means["told"]), abs=1e-9)
+
     baselines = {metrics.MAJORITY, metrics.ALL_POSITIVE, metrics.NEAREST_NEIGHBOUR, metrics.TYPE_SHARE}
     for level in ("images", "studies"):
         of_level = rows[(rows["task"] == level) & (rows["split"] == "test")]
@@ -268,14 +378,13 @@ def test_evaluate_scores_studies_as_scikit_learn_does(store):
 def test_gain_of_studies_is_the_difference_of_the_two_levels(store):
     config = _config()
     table = _predictions(store)
-    gain = results.gain_of_studies(config, table)
+    gain = results.gain_of_studies(config, _trained(table))
     rows = pd.DataFrame(results.evaluate(config, {"one": table}, store))
     rows = rows[(rows["variant"] == "one") & (rows["split"] == "test") & (rows["metric"] == "auroc")]
     values = rows.set_index("task")["value"]
-    assert gain["images"] == pytest.approx(values["images"]) and gain["studies"] == pytest.approx(values["studies"])
-    assert gain["difference"] == pytest.approx(values["studies"] - values["images"])
-    low, high = gain["difference_ci95"]
-    assert low < gain["difference"] < high
+    assert gain["value"] == pytest.approx(values["studies"] - values["images"])
+    low, high = gain["ci95"]
+    assert low < gain["value"] < high and gain["metric"] == "auroc_gain"
 
 
 def test_choose_looks_at_validation_studies_alone(store):
@@ -286,6 +395,30 @@ def test_choose_looks_at_validation_studies_alone(store):
     bad.loc[test, "p_abnormal"] = bad.loc[test, "y_abnormal"]
     assert results.choose([_trained(bad), _trained(good)]).variant == "good"
     assert results.validation_auroc(good) == 1
+
+
+def test_choose_prefers_the_better_studies_to_the_better_images(store):
+    manifest = store.manifest[store.manifest["split"] == "valid"].drop_duplicates("study_id")
+    abnormal, normal = (manifest[manifest["abnormal"] == kind].iloc[0] for kind in (1, 0))
+
+    def table(variant, *probabilities):
+        rows = pd.concat([abnormal.to_frame().T] * 3 + [normal.to_frame().T] * 3, ignore_index=True)
+        rows = rows[["image_path", "patient_id", "study_id", "group_id", "split"]].assign(variant=variant)
+        return rows.assign(y_abnormal=[1.0] * 3 + [0.0] * 3, p_abnormal=probabilities)
+
+    # Of images, 3 of 9 pairs are in order here and 6 of 9 there; of studies (means 0.5 and 0.4, 0.5 and 0.57) it turns.
+    by_study = table("by study", 0.9, 0.3, 0.3, 0.4, 0.4, 0.4)
+    by_image = table("by image", 0.5, 0.5, 0.5, 0.4, 0.4, 0.9)
+    assert results.choose([_trained(by_image), _trained(by_study)]).variant == "by study"
+
+
+def test_validation_compares_with_the_chosen_on_the_same_draws(store):
+    tables = {name: _trained(_predictions(store, name, seed)) for seed, name in enumerate(("one", "two"))}
+    found = results.validation(_config(), tables, "two")
+    for name, each in tables.items():
+        assert found.at[name, "auroc"] == pytest.approx(results.validation_auroc(each.predictions))
+        assert found.at[name, "low"] <= found.at[name, "auroc"] <= found.at[name, "high"]
+    assert found.loc["two", ["difference", "difference_low", "difference_high"]].tolist() == [0, 0, 0]
 
 
 def test_surest_shows_the_most_and_the_least_suspicious_image_of_each_type(store):
@@ -366,7 +499,7 @@ def test_smoke_run_trains_all_and_writes_everything(smoke_run):
     content = runs.read_json(run / "metrics.json")
     rows = pd.DataFrame(content["rows"])
     trained = {"compact", "compact, plain loss", "compact, seed 1", "compact, mean of 2 seeds"}
-    routed = {"compact, one per type", "compact, one per type, fine-tuned"}
+    routed = {"compact, one per type (wrist)", "compact, one per type (wrist), fine-tuned"}
     judged = rows[rows["task"] == "studies"]
     assert set(judged["variant"]) - set(metrics.BASELINES) == trained | routed
     assert set(judged.loc[judged["reference"].notna(), "variant"]) == (trained | routed) - {"compact"}
@@ -391,6 +524,27 @@ def test_predict_of_a_fresh_process_gives_the_studies_of_the_run(smoke_run, tmp_
     expected = expected.set_index(expected["study_path"].str.removeprefix("mura/MURA-v1.1/valid/"))
     np.testing.assert_allclose(table["p_abnormal"], expected.loc[table.index, "p_abnormal"], atol=1e-5)
     assert f"{len(expected)} of {len(expected)} studies predicted" in done.stdout and "synthetic" in done.stderr
+
+
+@pytest.mark.slow
+def test_training_on_synthetic_data_learns_the_signs_and_stays_below_the_ceiling(tmp_path):
+    root = datasets.write_synthetic("mura", tmp_path / "set")
+    demo = notebooks.resolve(notebooks.describe("06_mura_densenet"), profile="demo", given={})
+    config = networks.Config(**{name: demo[name] for name in names_of(networks.Config)})
+    source = datasets.Source(root, "synthetic")
+    store = networks.split(config, networks.read(config, source))
+    environment.setup(seed=0)
+    trained = networks.train(networks.variants(config)[0], store, run=tmp_path / "run")
+    rows = pd.DataFrame(results.evaluate(config, {"compact": trained.predictions}, store))
+    rows = rows[(rows["split"] == "test") & (rows["variant"] == "compact") & (rows["metric"] == "auroc")]
+    found = rows.set_index("task")[["value", "ci95"]]
+    assert found.at["studies", "value"] > 0.85
+    assert results.gain_of_studies(config, trained)["ci95"][0] > 0.05
+    ceiling = datasets.truth("mura", source)["ceiling"]
+    for level, best in (("studies", ceiling["study_auroc"]), ("images", ceiling["image_auroc_with_type"])):
+        low, high = found.at[level, "ci95"]
+        # Three standard errors, a quarter of the interval's width each: more could only be a leak.
+        assert found.at[level, "value"] < best + 3 * (high - low) / 4
 
 
 class _Killed(Exception):

@@ -119,9 +119,21 @@ class Config:
 
 
 def read(config: Config, source: datasets.Source) -> pipelines.Store:
-    """Decode every radiograph once; those that cannot be read are in the store's quarantine, with reasons."""
+    """Decode every radiograph once; those that cannot be read are in the store's quarantine, with reasons.
+
+    Raises:
+        FileNotFoundError: one of the two published parts is not here: the one is learnt from, the other tested.
+    """
+    manifest = data.read(source.root)
+    absent = {"train": "train", "test": "valid"}.keys() - set(manifest["split"])
+    if absent:
+        names = ", ".join({"train": "train", "test": "valid"}[name] for name in sorted(absent))
+        raise FileNotFoundError(
+            f"no image in {names} of {data.part_folder(source.root, data.PART)}; both published parts are needed: "
+            "train to learn from, valid to test on."
+        )
     return pipelines.decode(
-        data.read(source.root),
+        manifest,
         source.root,
         **pipelines.decode_options(asdict(config)),
         max_quarantined_share=config.max_quarantined_share,
@@ -173,9 +185,8 @@ def of_type(store: pipelines.Store, study_type: str) -> pipelines.Store:
 
 
 def variants(config: Config) -> list[Variant]:
-    """List the models for all types: the network, what it is compared with, and its further seeds."""
+    """List the models for all types: the network, and what it is compared with."""
     name = config.network
-    alone = replace(config, ensemble_seeds=[])
     listed = [Variant(name, name, config, None)]
     if config.compare_loss:
         loss = next(each for each in LOSSES if each != config.loss)
@@ -183,8 +194,13 @@ def variants(config: Config) -> list[Variant]:
     if config.compare_fine_tuning:
         what = "all at once" if config.fine_tune else "head first"
         listed.append(Variant(f"{name}, {what}", name, replace(config, fine_tune=not config.fine_tune), name))
-    listed += [Variant(f"{name}, seed {seed}", name, replace(alone, seed=seed), name) for seed in config.ensemble_seeds]
     return listed
+
+
+def further_seeds(config: Config) -> list[Variant]:
+    """List the network's trainings from further seeds, whose answers are averaged with its own."""
+    name, alone = config.network, replace(config, ensemble_seeds=[])
+    return [Variant(f"{name}, seed {seed}", name, replace(alone, seed=seed), name) for seed in config.ensemble_seeds]
 
 
 def build_model(config: Config) -> tuple[keras.Model, backbones.Receipt | None]:
@@ -304,7 +320,7 @@ def train_experts(
         fine_tune: go on from the one model, head first; else begin as it began.
         run: the run folder; a type's training goes to `variants/<name>-<type>`, what all answer to `variants/<name>`.
     """
-    name = f"{one.variant}, one per type" + (", fine-tuned" if fine_tune else "")
+    name = experts_name(one, study_types, store, fine_tune=fine_tune)
     folder = runs.variant_folder(run, name)
     if not (folder / "predictions.csv").exists():
         table, histories = one.predictions.assign(variant=name), []
@@ -324,6 +340,13 @@ def train_experts(
         runs.write_table(folder / "history.csv", pd.concat(histories))
         runs.write_table(folder / "predictions.csv", table)
     return _trained(name, folder)
+
+
+def experts_name(one: Trained, study_types: Sequence[str], store: pipelines.Store, *, fine_tune: bool) -> str:
+    """Name what experts answer: "one per type", with the types where not all have one, and how they were trained."""
+    every = set(store.manifest["body_part"]) == set(study_types)
+    of_types = "" if every else f" ({', '.join(name.removeprefix('XR_').lower() for name in study_types)})"
+    return f"{one.variant}, one per type{of_types}{', fine-tuned' if fine_tune else ''}"
 
 
 def expert_types(store: pipelines.Store, wanted: Sequence[str]) -> list[str]:

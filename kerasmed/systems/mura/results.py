@@ -65,36 +65,37 @@ def evaluate(config: Config, tables: Mapping[str, pd.DataFrame], store: pipeline
     """
     learnt, tested = (pipelines.rows(store, name) for name in ("train", "test"))
     y = targets(store.manifest, CLASS_NAMES)
-    options = {"at_half": AT_HALF, "reference": reference, "num_draws": config.bootstraps, "seed": config.seed}
-    of_images = {metrics.TYPE_SHARE: type_share(store.manifest)}
-    rows = multilabel.evaluate(
-        tables,
-        store.manifest,
-        store.thumbnails,
-        CLASS_NAMES,
-        task=IMAGES,
-        subsets=subsets(store.manifest),
-        extra=of_images,
-        **options,
-    )
-    neighbours = multilabel.baselines(y[learnt], len(tested), store.thumbnails[learnt], store.thumbnails[tested])
-    told = neighbours[metrics.NEAREST_NEIGHBOUR].probabilities[:, 0]
-    told = studies.study_probability(told, store.manifest["study_id"].to_numpy()[tested]).to_numpy()
-    table = studies.table(store.manifest, CLASS_NAMES)
-    of_studies = {
-        metrics.TYPE_SHARE: type_share(table),
-        metrics.NEAREST_NEIGHBOUR: multilabel.Answer(told[:, None], np.full(1, 0.5)),
-    }
-    return rows + multilabel.evaluate(
-        {name: studies.predictions(each, CLASS_NAMES) for name, each in tables.items()},
-        table,
-        None,
-        CLASS_NAMES,
-        task=STUDIES,
-        subsets=subsets(table),
-        extra=of_studies,
-        **options,
-    )
+    thumbnails = store.thumbnails[learnt], store.thumbnails[tested]
+    neighbour = multilabel.baselines(y[learnt], len(tested), *thumbnails)[metrics.NEAREST_NEIGHBOUR]
+    of_study = studies.study_probability(neighbour.probabilities[:, 0], store.manifest["study_id"].to_numpy()[tested])
+    rows = []
+    for task, table, told, neighbours in (
+        (IMAGES, store.manifest, dict(tables), neighbour.probabilities),
+        (
+            STUDIES,
+            studies.table(store.manifest, CLASS_NAMES),
+            {name: studies.predictions(each, CLASS_NAMES) for name, each in tables.items()},
+            of_study.to_numpy()[:, None],
+        ),
+    ):
+        extra = {
+            metrics.TYPE_SHARE: type_share(table),
+            metrics.NEAREST_NEIGHBOUR: multilabel.Answer(neighbours, neighbour.thresholds),
+        }
+        rows += multilabel.evaluate(
+            told,
+            table,
+            None,
+            CLASS_NAMES,
+            task=task,
+            subsets=subsets(table),
+            extra=extra,
+            at_half=AT_HALF,
+            reference=reference,
+            num_draws=config.bootstraps,
+            seed=config.seed,
+        )
+    return rows
 
 
 def subsets(table: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -105,24 +106,54 @@ def subsets(table: pd.DataFrame) -> dict[str, np.ndarray]:
     }
 
 
-def gain_of_studies(config: Config, table: pd.DataFrame) -> dict:
-    """Difference of AUROC between test studies and test images, on the same draws of patients.
+def _drawn_auroc(config: Config, table: pd.DataFrame, split: str) -> tuple[float, np.ndarray]:
+    """AUROC of a split's rows, and of its bootstrap draws: equal for tables of equal patients, at either level."""
+    among = table[table["split"] == split]
+    truth, told = (among[f"{letter}_{LABEL}"].to_numpy(float) for letter in "yp")
+    draws = metrics.bootstrap_weights(among["group_id"], num_draws=config.bootstraps, seed=config.seed)
+    value, *spread = metrics.auroc(truth == 1, told, np.vstack([np.ones(len(among)), draws]))
+    return float(value), np.array(spread)
+
+
+def validation(config: Config, trained: Mapping[str, Trained], chosen: str) -> pd.DataFrame:
+    """AUROC of the validation studies with its 95 % interval, and the difference to the chosen on the same draws.
 
     Returns:
-        {"images", "studies", "difference": float, "difference_ci95": [low, high]}.
+        DataFrame indexed by variant, best first: auroc, low, high, difference, difference_low, difference_high.
     """
-    values, spreads = [], []
-    for each in (table, studies.predictions(table, CLASS_NAMES)):
-        tested = each[each["split"] == "test"]
-        truth, told = (tested[f"{letter}_{LABEL}"].to_numpy(float) for letter in "yp")
-        # Both levels have the same patients, so equal seeds draw the same.
-        draws = metrics.bootstrap_weights(tested["group_id"], num_draws=config.bootstraps, seed=config.seed)
-        value, *spread = metrics.auroc(truth == 1, told, np.vstack([np.ones(len(tested)), draws]))
-        values.append(float(value))
-        spreads.append(np.array(spread))
-    ends = metrics.interval(spreads[1] - spreads[0])
-    difference = {"difference": values[1] - values[0], "difference_ci95": ends}
-    return {IMAGES: values[0], STUDIES: values[1], **difference}
+    tables = {name: studies.predictions(each.predictions, CLASS_NAMES) for name, each in trained.items()}
+    found = {name: _drawn_auroc(config, table, "valid") for name, table in tables.items()}
+    rows = {}
+    for name, (value, spread) in found.items():
+        ends, apart = metrics.interval(spread), metrics.interval(spread - found[chosen][1])
+        rows[name] = [value, *(ends or [np.nan] * 2), value - found[chosen][0], *(apart or [np.nan] * 2)]
+    columns = ["auroc", "low", "high", "difference", "difference_low", "difference_high"]
+    return pd.DataFrame.from_dict(rows, "index", columns=columns).sort_values("auroc", ascending=False, kind="stable")
+
+
+def gain_of_studies(config: Config, chosen: Trained) -> dict:
+    """How much better test studies are told than test images: the difference of AUROC on the same draws of patients.
+
+    Returns:
+        A row of metric "auroc_gain", whose baseline is the images' AUROC and whose value is the studies' less that.
+    """
+    of_studies = studies.predictions(chosen.predictions, CLASS_NAMES)
+    (images, image_draws), (judged, study_draws) = (
+        _drawn_auroc(config, each, "test") for each in (chosen.predictions, of_studies)
+    )
+    tested = of_studies[of_studies["split"] == "test"]
+    return {
+        "task": STUDIES,
+        "split": "test",
+        "n": len(tested),
+        "n_groups": tested["group_id"].nunique(),
+        "variant": chosen.variant,
+        "metric": "auroc_gain",
+        "label": LABEL,
+        "value": judged - images,
+        "ci95": metrics.interval(study_draws - image_draws),
+        "baseline": None,
+    }
 
 
 def headline(rows: Sequence[Mapping], *, variant: str) -> list[Mapping]:
@@ -159,14 +190,14 @@ def promote(config: Config, run: Path, chosen: Trained, members: Sequence[Traine
 
 
 def surest(table: pd.DataFrame) -> pd.DataFrame:
-    """Of each study type the abnormal test study of the highest probability, its most and its least suspicious image.
+    """Of each study type the surest abnormal test study of several images, its most and its least suspicious image.
 
     Args:
         table: predictions of images.
 
     Returns:
         DataFrame, most suspicious images of all types first: row (of the table), body_part, study (the study's
-        probability) and p (the image's). Studies of several images go before those of one, whose image stands twice.
+        probability) and p (the image's). Where all are of one image, the surest of them stands twice.
     """
     tested = table[(table["split"] == "test") & (table[f"y_{LABEL}"] == 1)]
     told = tested.groupby("study_id")[f"p_{LABEL}"].agg(["mean", "size"])
@@ -220,16 +251,14 @@ def cam_health(
         Rows of `kerasmed.localisation.summary`, by sign or by study type.
     """
     abnormal = (store.manifest["split"] == "test") & (store.manifest[LABEL] == 1)
-    pairs = boxes if len(boxes) else pd.DataFrame({"row": np.flatnonzero(abnormal)})
+    unboxed = pd.DataFrame({"row": np.flatnonzero(abnormal), "label": store.manifest.loc[abnormal, "body_part"]})
+    pairs = boxes if len(boxes) else unboxed
     drawn = np.random.default_rng(config.seed).permutation(len(pairs))[: config.cam_images]
-    pairs = pairs.iloc[np.sort(drawn)].reset_index(drop=True)
+    pairs = pairs.iloc[np.sort(drawn)]
     rows = pairs["row"].to_numpy()
     maps = gradcam.build(model)(store.images[rows], 0)
-    if len(boxes):
-        corners = pairs[["x", "y", "width", "height"]].to_numpy()
-        table = localisation.table(maps.heat, maps.status, pairs["label"], corners, store.images.shape[1:])
-    else:
-        table = pd.DataFrame({"label": store.manifest["body_part"].to_numpy()[rows], "status": maps.status})
+    corners = pairs[["x", "y", "width", "height"]].to_numpy() if len(boxes) else None
+    table = localisation.table(maps.heat, maps.status, pairs["label"], corners, store.images.shape[1:])
     groups = store.manifest["group_id"].to_numpy()[rows]
     options = {"task": IMAGES, "variant": variant, "num_draws": config.bootstraps, "seed": config.seed}
     return localisation.summary(table, groups, **options)

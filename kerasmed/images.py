@@ -219,9 +219,12 @@ def headers(root, image_paths: Sequence[str], *, threads: int = 8) -> pd.DataFra
 
 
 def is_dicom(path) -> bool:
-    """Whether a file begins as a DICOM file does, whatever its name."""
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    """Whether a file begins as a DICOM file does, whatever its name; one that cannot be opened is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def study_uid(path) -> str:

@@ -570,3 +570,4 @@ def test_study_uid_is_the_files_own_and_empty_where_there_is_none(tmp_path, ramp
     assert not images.is_dicom(picture) and images.study_uid(picture) == ""
     (tmp_path / "cut").write_bytes(path.read_bytes()[:140])
     assert images.is_dicom(tmp_path / "cut") and images.study_uid(tmp_path / "cut") == ""
+    assert not images.is_dicom(tmp_path / "absent")

@@ -135,7 +135,7 @@ def gain_of_studies(config: Config, chosen: Trained) -> dict:
     """How much better test studies are told than test images: the difference of AUROC on the same draws of patients.
 
     Returns:
-        A row of metric "auroc_gain", whose baseline is the images' AUROC and whose value is the studies' less that.
+        A row as of `kerasmed.metrics.multiclass_rows`, of metric "auroc_gain": the studies' AUROC less the images'.
     """
     of_studies = studies.predictions(chosen.predictions, CLASS_NAMES)
     (images, image_draws), (judged, study_draws) = (

@@ -311,3 +311,43 @@ def test_fit_with_sample_weights_divides_the_rate_by_ten_on_a_plateau_also_when_
     pd.testing.assert_frame_equal(history.drop(columns="seconds"), resumed_history.drop(columns="seconds"))
     for one, other in zip(whole.get_weights(), resumed.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("losses_", "kept"), [((0.9, 0.4), "all"), ((0.5, 0.7), "head")])
+def test_fit_stages_goes_on_from_the_stage_before_and_keeps_the_best(tmp_path, losses_, kept):
+    model = models.compact_cnn((16, 16), 2, filters=(16, 16))
+    planned = [training.Stage("head", "head", 2, 0.1), training.Stage("all", "all", 1, 0.01)]
+    told = dict(zip(("run-head", "run-all"), losses_))
+    seen = []
+
+    def fit_one(*, folder, epochs, learning_rate):
+        seen.append((folder.name, epochs, learning_rate, model.get_layer("stem_conv").trainable))
+        bias = model.get_layer("logits").bias
+        bias.assign(bias + 1)  # tells the stages apart, and that the second goes on from the first
+        rows = {
+            "epoch": np.arange(1, epochs + 1),
+            "val_loss": told[folder.name],
+            "kept": np.arange(epochs) == epochs - 1,
+        }
+        pd.DataFrame(rows).to_csv(folder / "history.csv", index=False)
+        model.save(folder / "model.keras")
+
+    history = training.fit_stages(model, planned, fit_one, network="compact", folder=tmp_path / "run")
+    assert seen == [("run-head", 2, 0.1, False), ("run-all", 1, 0.01, True)]
+    assert history["epoch"].tolist() == [1, 2, 3] and history["stage"].tolist() == ["head", "head", "all"]
+    assert history["kept"].tolist() == [False, kept == "head", kept == "all"]
+    pd.testing.assert_frame_equal(history, pd.read_csv(tmp_path / "run/history.csv"))
+    saved = keras.saving.load_model(tmp_path / "run/model.keras")
+    for each in (model, saved):
+        np.testing.assert_array_equal(each.get_layer("logits").bias, {"head": 1, "all": 2}[kept])
+
+
+def test_fit_stages_of_one_stage_trains_in_the_folder_itself(tmp_path):
+    model = models.compact_cnn((16, 16), 2, filters=(16, 16))
+
+    def fit_one(*, folder, **_):
+        pd.DataFrame({"epoch": [1], "val_loss": [0.5], "kept": [True]}).to_csv(folder / "history.csv", index=False)
+
+    stage = training.Stage("all", "all", 1, 0.1)
+    history = training.fit_stages(model, [stage], fit_one, network="compact", folder=tmp_path / "run")
+    assert history.columns.tolist() == ["epoch", "val_loss", "kept"] and [p.name for p in tmp_path.iterdir()] == ["run"]

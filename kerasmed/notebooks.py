@@ -148,11 +148,11 @@ def resolve(notebook: Notebook, *, profile: str, given: Mapping) -> dict:
             default = notebook.parameters[name].default
             fits = isinstance(value, type(default)) and not (isinstance(value, bool) and not isinstance(default, bool))
             if not fits and not (isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)):
-                hint = (
-                    "; YAML reads 1e-3 as text, write 1.0e-3"
-                    if isinstance(default, float) and isinstance(value, str)
-                    else ""
-                )
+                hint = ""
+                if isinstance(value, str) and isinstance(default, float):
+                    hint = "; YAML reads 1e-3 as text, write 1.0e-3"
+                elif isinstance(value, str) and isinstance(default, list):
+                    hint = """; write texts in quotes, as in '["first", "second"]'"""
                 raise ValueError(
                     f"parameter {name!r} ({origin}) of {notebook.name} is {value!r}; "
                     f"expected {type(default).__name__}, "

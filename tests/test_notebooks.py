@@ -90,6 +90,7 @@ def test_describe_and_resolve_join_defaults_profile_and_given(project):
             r"'epoch' \(-p\) is unknown to 10_tiny \(did you mean epochs\?\); known are profile, epochs, rate",
         ),
         ({"epochs": "five"}, "is 'five'; expected int, such as 5"),
+        ({"tasks": "[a]"}, "is '.a.'; expected list, such as .*; write texts in quotes, as in"),
         ({"epochs": True}, "is True; expected int"),
         ({"epochs": 2.5}, "is 2.5; expected int"),
         ({"tasks": "a"}, "expected list"),

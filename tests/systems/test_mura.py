@@ -82,12 +82,15 @@ def test_split_with_a_patient_on_both_sides_is_refused(source):
         networks.split(config, store._replace(manifest=manifest))
 
 
-def test_split_without_validation_studies_of_both_kinds_is_refused(source):
+@pytest.mark.parametrize(("part", "kind"), [("train", 0.0), ("test", 1.0)])
+def test_split_with_a_part_of_one_kind_is_refused_before_any_training(source, part, kind):
     config = _config()
     store = networks.read(config, source)
-    normal = store.manifest["abnormal"].where(store.manifest["split"] == "test", 0.0)
-    with pytest.raises(ValueError, match="validation images are all of one kind"):
-        networks.split(config, store._replace(manifest=store.manifest.assign(abnormal=normal)))
+    one_kind = store.manifest["abnormal"].where(store.manifest["split"] != part, kind)
+    with pytest.raises(
+        ValueError, match=f"the .* {part} images are all {'abnormal' if kind else 'normal'}, so nothing"
+    ):
+        networks.split(config, store._replace(manifest=store.manifest.assign(abnormal=one_kind)))
 
 
 def test_type_weights_count_training_images_alone(store):

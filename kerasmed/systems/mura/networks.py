@@ -146,19 +146,21 @@ def split(config: Config, store: pipelines.Store) -> pipelines.Store:
     Study types and their labels keep their shares; a patient with studies of several types stays whole.
 
     Raises:
-        ValueError: no published test study is here, or validation has studies of one kind only.
+        ValueError: the images of a split are all normal or all abnormal.
         kerasmed.audit.GateError: something that `accepted` does not name.
     """
     types = pd.get_dummies(store.manifest["body_part"], dtype=float)
     strata = [*types.columns, *CLASS_NAMES]
     carved = splits.published(store.manifest.join(types), strata, valid_share=config.valid_share, seed=config.seed)
     parted = store._replace(manifest=store.manifest.assign(split=carved["split"]))
-    valid = carved.loc[carved["split"] == "valid", LABEL]
-    if valid.nunique() < 2:
-        raise ValueError(
-            f"the {len(valid)} validation images are all of one kind, so nothing could be chosen by them; get more of "
-            f"the {len(carved)} images, or raise `valid_share`."
-        )
+    for name, use in {"train": "learnt from", "valid": "chosen by", "test": "told of"}.items():
+        among = carved.loc[carved["split"] == name, LABEL]
+        if among.nunique() < 2:
+            raise ValueError(
+                f"the {len(among)} {name} images are all {'abnormal' if among.any() else 'normal'}, so nothing could "
+                f"be {use} them; the set needs studies of both kinds in its published train and valid, and a share of "
+                f"`valid_share` = {config.valid_share} of train must hold both as well."
+            )
     gate(config, parted)
     return parted
 

@@ -18,7 +18,15 @@ PATIENT = "patient_data"  # a model on age, sex and view, which sees no image
 CARRY_FORWARD = "carry_forward"  # the findings of the patient's previous visit
 PATIENT_AND_PREVIOUS = "patient_and_previous"  # a model on both, which sees no image
 TYPE_SHARE = "type_share"  # the share of abnormal training studies of the study's own type
-BASELINES = (MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC, PATIENT, CARRY_FORWARD, PATIENT_AND_PREVIOUS, TYPE_SHARE)
+PRIOR = "prior"  # the class shares of the training rows
+WEIGHTED_PRIOR = "weighted_prior"  # the same, each row counted with its sample weight
+LEVEL_SHARE = "level_share"  # the class shares of the training rows of the same level and side
+BASELINES = (
+    *(MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC, PATIENT, CARRY_FORWARD, PATIENT_AND_PREVIOUS, TYPE_SHARE),
+    *(PRIOR, WEIGHTED_PRIOR, LEVEL_SHARE),
+)
+LOWER_IS_BETTER = ("log_loss", "weighted_log_loss", "competition")
+_LEAST = 1e-15  # what a probability of 0 counts as in a log loss
 _CHUNK = 2**22  # weights looked at together: what bounds the memory of `ranking`, at 32 MB an array
 
 
@@ -139,6 +147,36 @@ def ranking(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple
     return areas, averages
 
 
+def log_losses(
+    class_ids: np.ndarray, probabilities: np.ndarray, weights: np.ndarray, sample_weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Log loss of exclusive classes under each row of weights: the mean of −log p of the true class.
+
+    −Σ w log p / Σ w over the images, where w is how often an image is in the draw times its sample weight.
+    Probabilities are clipped to [1e-15, 1] and divided by their sum over the classes.
+
+    Args:
+        class_ids: int array, shape (num_images,).
+        probabilities: shape (num_images, num_classes).
+        weights: shape (num_draws, num_images); a row of ones gives the plain log loss.
+        sample_weights: shape (num_images,), at least 0; None weighs all images alike.
+
+    Returns:
+        float64 array, shape (num_draws,), in nats, at least 0; NaN where a draw has no weight.
+
+    Example:
+        >>> log_losses(np.array([0, 1]), np.array([[0.5, 0.5], [0.75, 0.25]]), np.ones((1, 2))).round(3).tolist()
+        [1.04]
+
+    Source: scikit-learn, `log_loss`, which clips to the epsilon of the float type instead of 1e-15.
+    """
+    clipped = np.clip(np.asarray(probabilities, np.float64), _LEAST, 1)
+    losses = np.log(clipped.sum(axis=1)) - np.log(clipped[np.arange(len(class_ids)), class_ids])
+    each = np.ones(len(losses)) if sample_weights is None else np.asarray(sample_weights, np.float64)
+    lost, weight = (weights @ np.stack([losses * each, each], axis=1)).T
+    return ratio(lost, weight)
+
+
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Divide, element by element; NaN where the denominator is not above 0."""
     return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)
@@ -243,6 +281,7 @@ def multiclass_rows(
     reference: str | Mapping[str, str] | None = None,
     num_draws: int = BOOTSTRAPS,
     seed: int = 0,
+    scores: Callable = multiclass,
 ) -> list[dict]:
     """Tabulate every variant's metrics with intervals, each beside the strongest baseline on the same draws.
 
@@ -257,6 +296,7 @@ def multiclass_rows(
         reference: a variant that the others are compared with as well, as in an ablation; or variant -> its own.
         num_draws: bootstrap draws.
         seed: of the draws.
+        scores: computes the metrics, as `multiclass` does.
 
     Returns:
         List of dicts: task, variant, split, metric, label, value, ci95 [low, high], n, n_groups, baseline, reason.
@@ -281,7 +321,7 @@ def multiclass_rows(
         return "never predicted" if metric == "precision" else "one class only"
 
     def score(values, weights):
-        return multiclass(class_ids, values, class_names, weights)
+        return scores(class_ids, values, class_names, weights)
 
     options = {"task": task, "split": split, "prefix": prefix}
     options |= {"reference": reference, "num_draws": num_draws, "seed": seed}
@@ -302,6 +342,8 @@ def compared_rows(
     seed: int,
 ) -> list[dict]:
     """Score every variant on the same bootstrap draws and lay the figures out beside the strongest baseline.
+
+    The strongest has the highest value, of the metrics `LOWER_IS_BETTER` the lowest.
 
     Args:
         answers: variant -> whatever `score` takes; at least one of `BASELINES` among the variants.
@@ -343,7 +385,8 @@ def compared_rows(
                 row["ci95"] = interval(spreads[name][key])
                 rivals = [rival for rival in baselines if np.isfinite(points[rival][key][0])]
                 if name not in BASELINES and rivals:
-                    best = max(rivals, key=lambda rival: points[rival][key][0])
+                    strongest = min if metric in LOWER_IS_BETTER else max
+                    best = strongest(rivals, key=lambda rival: points[rival][key][0])
                     row["baseline"] = _against(best, name, key, points, spreads)
                 if of.get(name, name) != name and name not in BASELINES:
                     row["reference"] = _against(of[name], name, key, points, spreads)

@@ -239,3 +239,50 @@ def test_multiclass_rows_reference_is_compared_on_the_same_draws(scored):
     assert shown["accuracy", "twin"] == "+0.000 [+0.000, +0.000]" and shown["accuracy", "net"] == ""
     with pytest.raises(ValueError, match="`reference` is 'nobody'"):
         metrics.multiclass_rows(ids, answers, groups, NAMES, task="t", reference="nobody")
+
+
+def test_log_losses_equal_scikit_learn_under_weights(scored, rng):
+    ids, probabilities, _ = scored
+    probabilities = np.clip(probabilities, 0.01, 1)
+    weights, each = rng.integers(0, 4, (3, 90)).astype(np.float32), rng.choice([1, 2, 4], 90)
+    normal = probabilities / probabilities.sum(axis=1, keepdims=True)
+    for sample_weights in (None, each):
+        found = metrics.log_losses(ids, probabilities, weights, sample_weights)
+        for draw, weight in enumerate(weights):
+            both = weight if sample_weights is None else weight * each
+            expected = sk.log_loss(ids, normal, sample_weight=both, labels=range(3))
+            assert found[draw] == pytest.approx(expected, abs=1e-12)
+
+
+def test_log_losses_by_hand_at_their_limits():
+    ids, told = np.array([0, 1, 0]), np.array([[1, 0], [1, 0], [0.2, 0.2]])
+    # right: 0 but for the clip; impossible: log 1e15; unnormalised: log 2; and a draw of nothing
+    weights = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 2, 1], [0, 0, 0]])
+    expected = [0, 15 * np.log(10), np.log(2), (2 * 15 * np.log(10) + np.log(2)) / 3, np.nan]
+    np.testing.assert_allclose(metrics.log_losses(ids, told, weights), expected, atol=2e-15, rtol=1e-14)
+    halved = metrics.log_losses(ids, told, np.ones((1, 3)), np.array([0, 0, 3]))
+    assert halved[0] == pytest.approx(np.log(2), abs=1e-15)
+
+
+def test_compared_rows_of_a_loss_stand_beside_the_lowest_baseline():
+    answers = {"net": 0.5, "prior": 0.7, "majority": 9.0}
+
+    def score(value, weights):
+        return {(name, "all"): np.full(len(weights), value) for name in ("accuracy", *metrics.LOWER_IS_BETTER)}
+
+    options = {"task": "t", "split": "test", "reference": None, "num_draws": 3, "seed": 0}
+    rows = metrics.compared_rows(answers, np.arange(4), score, None, **options)
+    strongest = {row["metric"]: row["baseline"]["variant"] for row in rows if row["variant"] == "net"}
+    assert strongest == {"accuracy": "majority"} | dict.fromkeys(metrics.LOWER_IS_BETTER, "prior")
+
+
+def test_multiclass_rows_take_other_scores(scored):
+    ids, probabilities, groups = scored
+    answers = {"net": probabilities, "prior": np.full((90, 3), 1 / 3)}
+
+    def losses(class_ids, values, class_names, weights):
+        return {("log_loss", "all"): metrics.log_losses(class_ids, values, weights)}
+
+    rows = metrics.multiclass_rows(ids, answers, groups, NAMES, task="t", num_draws=9, scores=losses)
+    assert [row["metric"] for row in rows] == ["log_loss"] * 2
+    assert rows[1]["value"] == pytest.approx(np.log(3), abs=1e-12) and rows[0]["baseline"]["variant"] == "prior"

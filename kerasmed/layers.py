@@ -67,6 +67,65 @@ class Preprocessing(keras.layers.Layer):
         return {**super().get_config(), "scale": self.scale, "offset": self.offset, "bgr": self.bgr}
 
 
+@keras.saving.register_keras_serializable(package="kerasmed")
+class GatedAttentionPooling(keras.layers.Layer):
+    """Pool a row's slices into one vector, with weights learnt from the slices.
+
+        a_k = softmax_k( wᵀ (tanh(V h_k) · sigmoid(U h_k)) )
+        output = Σ_k a_k · h_k
+
+    The softmax runs over the row's slices alone. A place that the mask leaves out weighs exactly 0, and what stands
+    there, NaN included, changes neither the output nor a gradient, not by a bit. A row without any slice has weights of
+    0 and gives zeros. Softmax and sum are in float32 under every precision policy.
+
+    Args:
+        units: width of V and U.
+        return_weights: also return a.
+
+    Input shape: list of the slices (batch, S, D) and the mask (batch, S): bool, or numbers, of which 0 is no slice.
+    Output shape: (batch, D); with `return_weights` also (batch, S), float32, which sum to 1 over a row's slices.
+
+    Raises:
+        ValueError: `units` below 1, or inputs of other shapes.
+
+    Source: Ilse, Tomczak and Welling 2018, arXiv:1802.04712, equation 9, without biases as written there.
+    """
+
+    def __init__(self, units: int = 128, *, return_weights: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        if units < 1:
+            raise ValueError(f"`units` is {units}; expected at least 1.")
+        self.units, self.return_weights = int(units), bool(return_weights)
+
+    def build(self, input_shape):
+        shapes = [tuple(shape) for shape in input_shape if isinstance(shape, (list, tuple))]
+        if [len(shape) for shape in shapes] != [3, 2] or shapes[0][1] != shapes[1][1]:
+            raise ValueError(
+                f"{self.name} got shape {input_shape}; expected a list of the slices, (batch, S, D), and their mask, "
+                "(batch, S)."
+            )
+        shape = (shapes[0][2], self.units)
+        self.tanh_kernel = self.add_weight(shape=shape, initializer="glorot_uniform", name="tanh_kernel")
+        self.gate_kernel = self.add_weight(shape=shape, initializer="glorot_uniform", name="gate_kernel")
+        self.score_kernel = self.add_weight(shape=(self.units, 1), initializer="glorot_uniform", name="score_kernel")
+
+    def call(self, inputs):
+        slices, mask = ops.cast(inputs[0], self.compute_dtype), ops.cast(inputs[1], "bool")
+        # Before the arithmetic: a weight of 0 takes no NaN away, neither from the sum nor from a gradient.
+        slices = ops.where(mask[..., None], slices, ops.zeros_like(slices))
+        gate = ops.sigmoid(ops.matmul(slices, self.gate_kernel))
+        scores = ops.matmul(ops.tanh(ops.matmul(slices, self.tanh_kernel)) * gate, self.score_kernel)[..., 0]
+        # Far below every score, yet finite: the softmax of a row without slices would be NaN.
+        scores = ops.where(mask, ops.cast(scores, "float32"), -1e30)
+        weights = ops.where(mask, ops.softmax(scores, axis=-1), 0.0)
+        pooled = ops.sum(weights[..., None] * ops.cast(slices, "float32"), axis=1)
+        pooled = ops.cast(pooled, self.compute_dtype)
+        return (pooled, weights) if self.return_weights else pooled
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units, "return_weights": self.return_weights}
+
+
 # --- augmentation ----------------------------------------------------------------------------------------------------
 
 

@@ -216,6 +216,76 @@ class WeightedBinaryCrossentropy(keras.losses.Loss):
         }
 
 
+@keras.saving.register_keras_serializable(package="kerasmed")
+class GradedCrossentropy(keras.losses.Loss):
+    """Cross-entropy of several graded targets, of which some are blank, weighted per grade.
+
+        loss = Σ w_g · (− log p_g) / Σ w_g,   both over the known entries (i, t) of the batch,
+        g = y_it,   p = softmax(logits_it)
+
+    With w = (1, 2, 4) it is, of one batch, the sample-weighted log loss of the RSNA 2024 lumbar spine competition for
+    one condition, whose rows are the entries. Targets of several conditions are pooled here, where the competition
+    averages the conditions. A blank entry, NaN, adds neither value nor gradient, whatever its logits, and a batch of
+    blanks costs 0. An entry that is no grade, such as −1 or 3 of three, makes the loss NaN, as a graph cannot refuse
+    it.
+
+    `call` returns, for sample i of a batch of B, B · Σ_t w_g · (− log p_g) / Σ w_g, whose mean over the batch is the
+    loss. Over several batches Keras averages the batches' losses: that is not the loss of all rows at once, as the
+    batches' weights differ.
+
+    Args:
+        class_weights: w, one per grade; None for all 1.
+        name: of the loss.
+
+    Call with y_true (batch, num_targets) of 0 … num_grades − 1 and NaN (blank), and logits (batch, num_targets,
+    num_grades); at least float32 within.
+
+    Raises:
+        ValueError: weights that are negative, not finite or of another number of grades, or y_true and logits of
+            unlike shapes.
+
+    Source: of the weighting, the evaluation of the RSNA 2024 Lumbar Spine Degenerative Classification competition.
+    """
+
+    def __init__(self, class_weights=None, name: str = "graded_crossentropy", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.class_weights = _label_weights("class_weights", class_weights)
+
+    def call(self, y_true, y_pred):
+        y_true, logits = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
+        if len(y_true.shape) != 2 or len(logits.shape) != 3 or y_true.shape[1] != logits.shape[1]:
+            raise ValueError(
+                f"grades of shape {tuple(y_true.shape)} and logits of shape {tuple(logits.shape)}; expected (batch, "
+                "num_targets) and (batch, num_targets, num_grades)."
+            )
+        num_grades = logits.shape[2]
+        class_weights = self.class_weights or [1.0] * num_grades
+        if len(class_weights) != num_grades:
+            raise ValueError(
+                f"{self.name} has {len(class_weights)} weights for {num_grades} grades; expected one per grade, in "
+                "order."
+            )
+        if keras.backend.standardize_dtype(logits.dtype) != "float64":
+            logits = ops.cast(logits, "float32")
+        y_true = ops.cast(y_true, logits.dtype)
+        known = ops.logical_not(ops.isnan(y_true))
+        # Before the arithmetic: what comes after is multiplied by 0, which takes no NaN away.
+        y_true = ops.where(known, y_true, ops.zeros_like(y_true))
+        logits = ops.where(known[..., None], logits, ops.zeros_like(logits))
+        grades = ops.clip(ops.cast(y_true, "int32"), 0, num_grades - 1)
+        chosen = ops.one_hot(grades, num_grades, dtype=logits.dtype)
+        weights = ops.sum(chosen * ops.convert_to_tensor(class_weights, dtype=logits.dtype), axis=-1)
+        weights = ops.where(known, weights, ops.zeros_like(weights))
+        terms = -weights * ops.sum(chosen * ops.log_softmax(logits, axis=-1), axis=-1)
+        terms = ops.where(ops.cast(grades, y_true.dtype) == y_true, terms, np.nan)
+        total = ops.sum(weights)
+        batch_size = ops.cast(ops.shape(terms)[0], terms.dtype)
+        return batch_size * ops.sum(terms, axis=-1) / ops.where(total > 0, total, ops.ones_like(total))
+
+    def get_config(self):
+        return {**super().get_config(), "class_weights": self.class_weights}
+
+
 def _label_weights(name, weights):
     """Return weights as plain floats, or None."""
     if weights is None:

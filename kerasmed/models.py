@@ -1,16 +1,17 @@
-"""Model builders: grey uint8 pixels in, class probabilities out.
+"""Model builders: grey uint8 pixels in, class probabilities out; and one of slices that are vectors already.
 
-Every builder returns an uncompiled functional model whose input is `uint8`, shape `(height, width, 1)`, and whose
-preprocessing is a layer of the model, so that a saved `.keras` file takes the pixels that `kerasmed.images.read`
+Every builder of images returns an uncompiled functional model whose input is `uint8`, shape `(height, width, 1)`, and
+whose preprocessing is a layer of the model, so that a saved `.keras` file takes the pixels that `kerasmed.images.read`
 returns. The head is a layer named `logits`, in float32, and then the activation, named `probabilities`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
+import numpy as np
 from keras import layers, ops
 
-from kerasmed.layers import BATCH_NORM_MOMENTUM
+from kerasmed.layers import BATCH_NORM_MOMENTUM, GatedAttentionPooling
 
 LABEL_LOSSES = ("binary", "categorical")
 FIVE_BLOCK_SIDE = 63  # pixels, of which five blocks leave one position
@@ -292,3 +293,109 @@ def averaged(members: Sequence[keras.Model], *, mirrored: bool = False) -> keras
     named = [keras.Model(each.inputs[0], each.outputs[0], name=f"member{n}") for n, each in enumerate(members, start=1)]
     answers = [member(view) for member in named for view in views]
     return keras.Model(image, layers.Average(dtype="float32", name="probabilities")(answers), name="averaged")
+
+
+def attention_classifier(
+    branches: Mapping[str, int],
+    num_slices: int,
+    num_features: int,
+    *,
+    num_grades: int = 3,
+    width: int = 512,
+    units: int = 128,
+    dropout: float = 0.25,
+    moments: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    name: str = "attention_classifier",
+) -> keras.Model:
+    """Build a classifier of graded targets that reads series as vectors of their slices, and learns which slices count.
+
+    A branch, such as a condition read off one kind of series, has layers of its own and shares none; NAME is its name:
+
+        NAME_norm     layer normalisation of each slice, so that features of any scale train alike; or, with moments,
+                      each feature standardised by its own
+        NAME_embed    Dense(width, relu) of each slice
+        NAME_pooled   gated attention over the slices that are there: the embedding (batch, width), and the weights
+        NAME_dropout
+        NAME_scores   Dense(targets · num_grades), which NAME_grades reshapes to (targets, num_grades)
+
+    "logits" puts the branches' targets after one another and "probabilities" is the softmax over the grades. Values of
+    slices that are not there, NaN included, change neither the output nor a gradient. A branch without any slice
+    answers what its biases say, the same for all.
+
+    Args:
+        branches: name -> number of targets, at least 1, in the order of the targets; names are Python identifiers.
+        num_slices: S, places for slices; rows with fewer leave some out by the mask.
+        num_features: D, length of a slice's vector.
+        num_grades: classes of each target, at least 2.
+        width: of the embedding.
+        units: of `kerasmed.layers.GatedAttentionPooling`.
+        dropout: share of the embedding dropped while training, in [0, 1).
+        moments: name -> mean and variance (D,) of the features of *training* slices, where slices of one kind differ
+            little beside what all have in common, as they do in networks of random weights.
+        name: the model's.
+
+    Returns:
+        Uncompiled model of the inputs "NAME_slices" (batch, S, D) float32 and "NAME_mask" (batch, S) bool (or numbers,
+        0 no slice) for each branch: a list in this order, or a dict by name. -> float32 probabilities (batch, number of
+        targets, num_grades).
+
+    Raises:
+        ValueError: no branches, one without targets, a name that is no identifier, fewer than 2 grades, or sizes
+            below 1.
+    """
+    unfit = [branch for branch, targets in branches.items() if not str(branch).isidentifier() or targets < 1]
+    if unfit or not branches:
+        raise ValueError(
+            f"`branches` are {dict(branches)}; expected at least one, a name like 'canal' -> a number of targets from "
+            f"1. First unfit: {unfit[:5]}."
+        )
+    if num_grades < 2:
+        raise ValueError(f"`num_grades` is {num_grades}; a softmax needs at least 2.")
+    if min(num_slices, num_features) < 1:
+        raise ValueError(
+            f"`num_slices` is {num_slices} and `num_features` {num_features}; expected at least 1 of each: the "
+            "shape of a row of slices."
+        )
+    inputs, logits = [], []
+    for branch, targets in branches.items():
+        slices = keras.Input((num_slices, num_features), dtype="float32", name=f"{branch}_slices")
+        mask = keras.Input((num_slices,), dtype="bool", name=f"{branch}_mask")
+        inputs += [slices, mask]
+        # Ahead of the pooling, which also does so: else NaN would reach the gradients of the layers in between.
+        x = ops.where(ops.expand_dims(mask, -1), slices, ops.zeros_like(slices))
+        if moments and branch in moments:
+            mean, variance = (np.asarray(each, "float32") for each in moments[branch])
+            x = layers.Normalization(mean=mean, variance=variance, name=f"{branch}_norm")(x)
+        else:
+            x = layers.LayerNormalization(name=f"{branch}_norm")(x)
+        x = layers.Dense(width, activation="relu", name=f"{branch}_embed")(x)
+        x, _ = GatedAttentionPooling(units, return_weights=True, name=f"{branch}_pooled")([x, mask])
+        x = layers.Dropout(dropout, name=f"{branch}_dropout")(x)
+        x = layers.Dense(targets * num_grades, dtype="float32", name=f"{branch}_scores")(x)
+        logits.append(layers.Reshape((targets, num_grades), dtype="float32", name=f"{branch}_grades")(x))
+    logits = layers.Concatenate(axis=1, dtype="float32", name="logits")(logits)
+    return keras.Model(inputs, layers.Activation("softmax", dtype="float32", name="probabilities")(logits), name=name)
+
+
+def attention_parts(model: keras.Model, name: str) -> keras.Model:
+    """Take out of an `attention_classifier` what one branch makes of its slices: the embedding, and the slice weights.
+
+    Args:
+        model: from `attention_classifier`, trained or loaded.
+        name: of the branch.
+
+    Returns:
+        Uncompiled model that shares the classifier's layers and weights, of the inputs "NAME_slices" and "NAME_mask"
+        (a list, or a dict by name) -> [embedding (batch, width), weights (batch, S)]. Dropout comes after it.
+
+    Raises:
+        ValueError: no such branch.
+    """
+    pools = {layer.name: layer for layer in model.layers if isinstance(layer, GatedAttentionPooling)}
+    if f"{name}_pooled" not in pools:
+        known = [each.removesuffix("_pooled") for each in pools]
+        raise ValueError(f"the model {model.name!r} has no branch {name!r}; expected one of its branches, {known}.")
+    inputs = {tensor.name: tensor for tensor in model.inputs}
+    return keras.Model(
+        [inputs[f"{name}_slices"], inputs[f"{name}_mask"]], list(pools[f"{name}_pooled"].output), name=f"{name}_parts"
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kerasmed import augment
-from kerasmed.layers import _TRANSFORMS, Preprocessing, build_augmentation
+from kerasmed.layers import _TRANSFORMS, GatedAttentionPooling, Preprocessing, build_augmentation
 
 
 def test_preprocessing_by_hand():
@@ -64,6 +64,117 @@ def test_preprocessing_of_two_channels_is_refused():
 def test_preprocessing_values_for_other_numbers_of_channels_are_refused(options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}`.*one number, or three"):
         Preprocessing(**options)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def _pooling(slices, mask, **options):
+    layer = GatedAttentionPooling(return_weights=True, **options)
+    pooled, weights = layer([slices, mask])
+    return layer, pooled.numpy(), weights.numpy()
+
+
+def test_gated_attention_pooling_by_hand():
+    slices = np.float32([[[1, 0], [0, 1], [9, 9]], [[2, 5], [9, 9], [9, 9]]])
+    mask = np.array([[True, True, False], [True, False, False]])
+    layer = GatedAttentionPooling(1, return_weights=True)
+    layer.build([(2, 3, 2), (2, 3)])
+    # Hidden values: tanh(artanh 1/2) · sigmoid(ln 3) = 1/2 · 3/4 and tanh(0) · sigmoid(0) = 0, times w = 8/3 · ln 4.
+    told = [[[np.arctanh(0.5)], [0]], [[np.log(3)], [0]], [[8 / 3 * np.log(4)]]]
+    layer.set_weights([np.float32(kernel) for kernel in told])
+    pooled, weights = layer([slices, mask])
+    np.testing.assert_allclose(weights, [[0.8, 0.2, 0], [1, 0, 0]], atol=1e-6)  # ln 4 against 0: 4 to 1
+    np.testing.assert_allclose(pooled, [[0.8, 0.2], [2, 5]], atol=1e-6)
+    assert weights.numpy()[0, 2] == weights.numpy()[1, 1] == 0
+
+
+def test_gated_attention_pooling_of_equal_slices_weighs_them_alike(rng):
+    one = np.float32(rng.normal(size=(4, 1, 6)))
+    mask = np.arange(5) < np.array([[5], [3], [2], [1]])
+    _, pooled, weights = _pooling(np.repeat(one, 5, axis=1), mask)
+    np.testing.assert_allclose(weights, mask / mask.sum(axis=1, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(pooled, one[:, 0], rtol=1e-5)
+
+
+def test_gated_attention_pooling_does_not_depend_on_the_order_of_slices(rng):
+    slices, mask = np.float32(rng.normal(size=(3, 7, 4))), rng.random((3, 7)) < 0.7
+    mask[:, 0] = True
+    layer, pooled, weights = _pooling(slices, mask)
+    order = rng.permutation(7)
+    other_pooled, other_weights = layer([slices[:, order], mask[:, order]])
+    np.testing.assert_allclose(other_pooled, pooled, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(other_weights, weights[:, order], rtol=1e-5)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-6)
+    assert weights[mask].std() > 0.01 and (weights[mask] > 0).all() and (weights[~mask] == 0).all()
+
+
+def test_gated_attention_pooling_values_that_are_masked_change_no_bit_of_output_and_gradients(rng):
+    import tensorflow as tf
+
+    slices = np.float32(rng.normal(size=(3, 5, 4)))
+    mask = np.arange(5) < np.array([[5], [3], [0]])
+    layer = GatedAttentionPooling(8, return_weights=True)
+    results = []
+    for odd in (0.0, 1e30, np.nan, np.inf):
+        x = tf.Variable(np.where(mask[..., None], slices, np.float32(odd)))
+        with tf.GradientTape() as tape:
+            pooled, weights = layer([x, mask])
+            loss = tf.reduce_sum(pooled**2) + tf.reduce_sum(weights**2)
+        results.append([pooled, weights, *tape.gradient(loss, [x, *layer.trainable_variables])])
+    for result in results:
+        assert np.abs(result[3]).max() > 0
+        for got, expected in zip(result, results[0]):
+            np.testing.assert_array_equal(got, expected)
+    assert (results[0][2].numpy()[~mask] == 0).all()
+
+
+def test_gated_attention_pooling_of_a_row_without_slices_gives_zeros():
+    _, pooled, weights = _pooling(np.full((2, 3, 4), np.nan, np.float32), np.array([[0.0, 0, 0], [0, 0, 0]]))
+    np.testing.assert_array_equal(pooled, np.zeros((2, 4)))
+    np.testing.assert_array_equal(weights, np.zeros((2, 3)))
+
+
+def test_gated_attention_pooling_takes_numbers_as_mask_and_returns_the_vector_alone_by_default(rng):
+    slices, mask = np.float32(rng.normal(size=(2, 3, 4))), np.array([[1, 0, 1], [1, 1, 0]])
+    layer, pooled, _ = _pooling(slices, mask.astype(bool), units=5)
+    alone = GatedAttentionPooling(5)
+    alone.build([slices.shape, mask.shape])
+    alone.set_weights(layer.get_weights())
+    for dtype in ("float32", "int64", "uint8"):
+        np.testing.assert_array_equal(alone([slices, mask.astype(dtype)]), pooled)
+
+
+def test_gated_attention_pooling_under_mixed_precision_weighs_in_float32(rng):
+    slices, mask = rng.normal(size=(2, 300, 4)), np.ones((2, 300), bool)
+    layer = GatedAttentionPooling(return_weights=True, dtype="mixed_float16")
+    pooled, weights = layer([np.float16(slices), mask])
+    assert pooled.dtype == "float16" and weights.dtype == "float32"
+    np.testing.assert_allclose(weights.numpy().sum(axis=1), 1, rtol=1e-6)  # in float16, 300 roundings: 1e-3
+
+
+def test_gated_attention_pooling_round_trips_through_keras_file(tmp_path, rng):
+    inputs = [keras.Input((5, 4)), keras.Input((5,), dtype="bool")]
+    layer = GatedAttentionPooling(7, return_weights=True, name="pooled")
+    model = keras.Model(inputs, layer(inputs))
+    model.save(tmp_path / "m.keras")
+    copy = keras.saving.load_model(tmp_path / "m.keras")
+    assert copy.get_layer("pooled").get_config() == layer.get_config() and layer.get_config()["units"] == 7
+    assert keras.saving.get_registered_name(GatedAttentionPooling) == "kerasmed>GatedAttentionPooling"
+    batch = [np.float32(rng.normal(size=(3, 5, 4))), rng.random((3, 5)) < 0.5]
+    for got, expected in zip(copy(batch), model(batch)):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("shapes", [[(2, 5, 4), (2, 4)], [(2, 5), (2, 5)], [(2, 5, 4)], [(2, 5, 4), (2, 5, 1)]])
+def test_gated_attention_pooling_of_other_shapes_is_refused(shapes):
+    with pytest.raises(ValueError, match=r"expected a list of the slices, \(batch, S, D\), and their mask"):
+        GatedAttentionPooling()([np.zeros(shape, np.float32) for shape in shapes])
+
+
+def test_gated_attention_pooling_without_units_is_refused():
+    with pytest.raises(ValueError, match="`units` is 0"):
+        GatedAttentionPooling(0)
 
 
 # --- augmentation ----------------------------------------------------------------------------------------------------

@@ -247,6 +247,113 @@ def test_label_loss_of_chest_at_one_half_everywhere_is_as_published_shares_give(
         assert loss == pytest.approx(np.log(2) * 2 * (positive * negative).sum(), rel=1e-4)
 
 
+# --- graded targets --------------------------------------------------------------------------------------------------
+
+# Probabilities (1/2, 1/4, 1/4), (1/8, 1/8, 3/4), (0.2, 0.2, 0.6) and (1/3, 1/3, 1/3)
+GRADED_LOGITS = np.log([[[2, 1, 1], [1, 1, 6]], [[1, 1, 3], [5, 5, 5]]])
+
+
+def _graded(y_true, logits, **options):
+    return float(losses.GradedCrossentropy(**options)(np.float32(y_true), np.float32(logits)))
+
+
+def test_graded_loss_by_hand():
+    y = [[0, 2], [1, np.nan]]
+    ln2, ln43, ln5 = np.log(2), np.log(4 / 3), np.log(5)
+    assert _graded(y, GRADED_LOGITS) == pytest.approx((ln2 + ln43 + ln5) / 3, rel=1e-6)
+    weighted = (1 * ln2 + 4 * ln43 + 2 * ln5) / 7
+    assert _graded(y, GRADED_LOGITS, class_weights=(1, 2, 4)) == pytest.approx(weighted, rel=1e-6)
+    per_sample = losses.GradedCrossentropy((1, 2, 4), reduction="none")(np.float32(y), np.float32(GRADED_LOGITS))
+    np.testing.assert_allclose(per_sample, [2 * (ln2 + 4 * ln43) / 7, 2 * 2 * ln5 / 7], rtol=1e-6)
+
+
+def test_graded_loss_of_right_and_of_wrong_answers():
+    y = np.array([[0, 1], [2, np.nan]])
+    logits = 1000 * np.eye(3)[np.nan_to_num(y).astype(int)]
+    assert _graded(y, logits) == 0
+    assert _graded(y, np.roll(logits, 1, axis=-1), class_weights=(1, 2, 4)) == pytest.approx(1000, rel=1e-6)
+
+
+def test_graded_loss_equals_scikit_learns_log_loss_with_sample_weights(rng):
+    from sklearn.metrics import log_loss
+
+    y = rng.choice([0, 1, 2, np.nan], (40, 5), p=[0.5, 0.2, 0.1, 0.2])
+    logits = rng.normal(0, 2, (40, 5, 3))
+    known = ~np.isnan(y)
+    grades = y[known].astype(int)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    expected = log_loss(grades, probabilities[known], sample_weight=np.array([1, 2, 4])[grades], labels=[0, 1, 2])
+    assert _graded(y, logits, class_weights=(1, 2, 4)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_graded_loss_of_blanks_adds_neither_value_nor_gradient():
+    import tensorflow as tf
+
+    y = np.float32([[0, np.nan], [np.nan, 2]])
+    results = []
+    for odd in (0.0, 7.0, np.nan, np.inf):
+        logits = np.float32(GRADED_LOGITS)
+        logits[np.isnan(y)] = odd
+        logits = tf.Variable(logits)
+        with tf.GradientTape() as tape:
+            loss = losses.GradedCrossentropy((1, 2, 4))(y, logits)
+        results.append((loss.numpy(), tape.gradient(loss, logits).numpy()))
+    for loss, gradient in results:
+        assert loss == results[0][0] > 0
+        np.testing.assert_array_equal(gradient, results[0][1])
+    assert (gradient[np.isnan(y)] == 0).all()
+    # w_g · (p − y) / Σ w: of weights 1 and 4
+    np.testing.assert_allclose(gradient[0, 0], np.array([-1 / 2, 1 / 4, 1 / 4]) / 5, rtol=1e-5)
+    np.testing.assert_allclose(gradient[1, 1], np.array([1, 1, -2]) / 3 * 4 / 5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, (0, 1, 1)])
+def test_graded_loss_without_known_or_weighted_entries_is_0_with_gradient_0(weights):
+    import tensorflow as tf
+
+    logits = tf.Variable(np.full((2, 2, 3), np.nan, np.float32) if weights is None else np.float32(GRADED_LOGITS))
+    with tf.GradientTape() as tape:
+        loss = losses.GradedCrossentropy(weights)(np.full((2, 2), np.nan if weights is None else 0, np.float32), logits)
+    assert float(loss) == 0 and not tape.gradient(loss, logits).numpy().any()
+
+
+@pytest.mark.parametrize("odd", [3, -1, 0.5, np.inf])
+def test_graded_loss_of_what_is_no_grade_is_nan(odd):
+    assert np.isnan(_graded([[0, 2], [odd, 1]], GRADED_LOGITS))
+
+
+def test_graded_loss_of_half_precision_logits_is_computed_in_float32():
+    loss = losses.GradedCrossentropy()(np.float32([[0]]), np.float16([[[9.0, 0, 0]]]))
+    assert float(loss) == pytest.approx(np.log1p(2 * np.exp(-9)), rel=1e-3)  # float16 has no digits left beside 1
+
+
+def test_graded_loss_round_trips_through_a_compiled_keras_file(tmp_path, rng):
+    loss = losses.GradedCrossentropy(np.array([1, 2, 4]), name="mine")
+    config = keras.saving.serialize_keras_object(loss)
+    assert config["registered_name"] == "kerasmed>GradedCrossentropy"
+    copy = keras.saving.deserialize_keras_object(config)
+    assert copy.get_config() == loss.get_config() and copy.class_weights == [1, 2, 4] and copy.name == "mine"
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(6), keras.layers.Reshape((2, 3))])
+    model.compile("sgd", loss=loss)
+    x, y = np.float32(rng.normal(size=(5, 4))), np.float32(rng.integers(0, 3, (5, 2)))
+    y[1, 0] = np.nan
+    before = model.evaluate(x, y, verbose=0)
+    assert before == pytest.approx(_graded(y, model(x), class_weights=(1, 2, 4)), rel=1e-6)
+    model.save(tmp_path / "m.keras")
+    copy = keras.saving.load_model(tmp_path / "m.keras")
+    assert copy.loss.get_config() == loss.get_config() and copy.evaluate(x, y, verbose=0) == before
+
+
+def test_graded_loss_unfit_weights_and_shapes_are_refused():
+    with pytest.raises(ValueError, match="`class_weights` are .* none below 0"):
+        losses.GradedCrossentropy((1, -2, 4))
+    with pytest.raises(ValueError, match="2 weights for 3 grades"):
+        _graded([[0, 1], [0, 1]], GRADED_LOGITS, class_weights=(1, 2))
+    for shape in ((2,), (2, 1), (2, 2, 1)):  # the last two would broadcast
+        with pytest.raises(ValueError, match="expected .batch, num_targets. and .batch, num_targets, num_grades."):
+            _graded(np.zeros(shape), GRADED_LOGITS)
+
+
 # --- weights of groups -----------------------------------------------------------------------------------------------
 
 # elbow: one of four abnormal; wrist: three of five.

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from kerasmed import models
+from kerasmed import losses, models
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +278,168 @@ def test_averaged_unfit_members_are_refused(members):
     for odd in (fused, keras.Model(colour, keras.layers.Rescaling(1.0)(colour), name="colour")):
         with pytest.raises(ValueError, match=f"the model '{odd.name}' takes .* expected uint8"):
             models.averaged([odd])
+
+
+# --- slices and attention --------------------------------------------------------------------------------------------
+
+BRANCHES = {"canal": 2, "foraminal": 3}
+
+
+def _batch(rng, num_rows=6, num_slices=4, num_features=5):
+    """Inputs by name: rows of 0 to `num_slices` slices, NaN where there is none."""
+    batch = {}
+    for offset, branch in enumerate(BRANCHES):
+        mask = np.arange(num_slices) < (np.arange(num_rows) + offset)[:, None] % (num_slices + 1)
+        slices = rng.normal(size=(num_rows, num_slices, num_features))
+        batch[f"{branch}_slices"] = np.where(mask[..., None], slices, np.nan).astype("float32")
+        batch[f"{branch}_mask"] = mask
+    return batch
+
+
+@pytest.fixture
+def attention():
+    keras.utils.set_random_seed(0)
+    return models.attention_classifier(BRANCHES, 4, 5, width=8, units=6)
+
+
+def test_attention_classifier_gives_grades_of_all_targets_in_order(attention, rng):
+    batch = _batch(rng)
+    probabilities = attention.predict(batch, verbose=0)
+    assert probabilities.shape == (6, 5, 3) and probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(axis=-1), 1, atol=1e-6)
+    assert [tensor.name for tensor in attention.inputs] == [
+        f"{branch}_{part}" for branch in BRANCHES for part in ("slices", "mask")
+    ]
+    listed = attention.predict([batch[tensor.name] for tensor in attention.inputs], verbose=0)
+    np.testing.assert_array_equal(listed, probabilities)
+    for dtype in ("float32", "int64"):
+        numbers = {name: each.astype(dtype) if "mask" in name else each for name, each in batch.items()}
+        np.testing.assert_array_equal(attention.predict(numbers, verbose=0), probabilities)
+
+
+def test_attention_classifier_weights_by_hand():
+    # A branch: 2 · 5 of the norm, 5 · 8 + 8, V and U of 8 · 6 each and w of 6, and 8 · 3 + 3 for each target.
+    branch = 2 * 5 + 5 * 8 + 8 + 2 * 8 * 6 + 6
+    model = models.attention_classifier(BRANCHES, 4, 5, width=8, units=6)
+    assert model.count_params() == 2 * branch + (2 + 3) * 27
+    assert models.attention_classifier({"canal": 1}, 4, 5, num_grades=2, width=8, units=6).count_params() == branch + 18
+
+
+def test_attention_classifier_branches_share_nothing(attention, rng):
+    batch = _batch(rng)
+    before = attention.predict(batch, verbose=0)
+    other = batch | {"canal_slices": batch["canal_slices"] + rng.normal(size=(6, 4, 5)).astype("float32")}
+    after = attention.predict(other, verbose=0)
+    np.testing.assert_array_equal(after[:, 2:], before[:, 2:])
+    there = batch["canal_mask"].any(axis=1)
+    assert (np.abs(after[there, :2] - before[there, :2]).max(axis=(1, 2)) > 1e-3).all()
+    np.testing.assert_array_equal(after[~there, :2], before[~there, :2])
+
+
+def test_attention_classifier_values_that_are_masked_change_no_bit_of_output_and_gradients(attention, rng):
+    import tensorflow as tf
+
+    batch, y = _batch(rng), rng.integers(0, 3, (6, 5)).astype("float32")
+    y[0, 1], y[3] = np.nan, np.nan
+    logits = keras.Model(attention.inputs, attention.get_layer("logits").output)
+    results = []
+    for odd in (np.nan, 0, 1e30):
+        filled = {name: np.nan_to_num(each, nan=odd) if "slices" in name else each for name, each in batch.items()}
+        with tf.GradientTape() as tape:
+            loss = losses.GradedCrossentropy((1, 2, 4))(y, logits(filled, training=False))
+        results.append([loss, *tape.gradient(loss, attention.trainable_variables)])
+    for result in results:
+        assert np.isfinite(result[0]) and all(np.abs(gradient).max() > 0 for gradient in result[1:])
+        for got, expected in zip(result, results[0]):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_attention_classifier_learns_which_slice_tells(rng):
+    # The grade stands in one slice of five, the one that is marked; the others tell of other grades.
+    grades, marked = rng.integers(0, 3, 400), rng.integers(0, 5, 400)
+    slices = np.float32(rng.normal(0, 0.3, (400, 6, 6)))
+    told = rng.integers(0, 3, (400, 5))
+    told[np.arange(400), marked] = grades
+    slices[:, :5, :3] += np.eye(3)[told]
+    slices[np.arange(400), marked, 3] += 2
+    mask = np.arange(6) < np.full((400, 1), 5)
+    slices[~mask] = np.nan
+    keras.utils.set_random_seed(0)
+    model = models.attention_classifier({"canal": 1}, 6, 6, width=16, units=8, dropout=0.1)
+    trained = keras.Model(model.inputs, model.get_layer("logits").output)
+    trained.compile(keras.optimizers.Adam(0.02), losses.GradedCrossentropy())
+    inputs = {"canal_slices": slices, "canal_mask": mask}
+    trained.fit(inputs, np.float32(grades[:, None]), batch_size=50, epochs=20, verbose=0)
+    right = model.predict(inputs, verbose=0)[:, 0].argmax(axis=-1) == grades
+    assert right.mean() > 0.9  # the mean over slices tells about half
+    _, weights = models.attention_parts(model, "canal").predict(inputs, verbose=0)
+    assert weights[np.arange(400), marked].mean() > 0.6 and (weights[:, 5] == 0).all()
+
+
+def test_attention_parts_are_what_the_branch_goes_on_with(attention, rng):
+    batch = _batch(rng)
+    parts = models.attention_parts(attention, "foraminal")
+    pooled, weights = parts.predict({name: batch[name] for name in ("foraminal_slices", "foraminal_mask")}, verbose=0)
+    assert pooled.shape == (6, 8) and weights.shape == (6, 4)
+    mask = batch["foraminal_mask"]
+    np.testing.assert_allclose(weights.sum(axis=1), mask.any(axis=1), atol=1e-6)
+    assert (weights[~mask] == 0).all()
+    kernel, bias = attention.get_layer("foraminal_scores").get_weights()
+    logits = (pooled @ kernel + bias).reshape(6, 3, 3)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(attention.predict(batch, verbose=0)[:, 2:], probabilities, atol=1e-6)
+
+
+def test_attention_parts_of_an_unknown_branch_are_refused(attention):
+    with pytest.raises(ValueError, match=r"no branch 'subarticular'; expected .* \['canal', 'foraminal'\]"):
+        models.attention_parts(attention, "subarticular")
+
+
+def test_attention_classifier_round_trips_through_keras_file(attention, tmp_path, rng):
+    batch = _batch(rng)
+    attention.save(tmp_path / "m.keras")
+    copy = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(copy.predict(batch, verbose=0), attention.predict(batch, verbose=0))
+    inputs = [batch["canal_slices"], batch["canal_mask"]]
+    for got, expected in zip(*(models.attention_parts(each, "canal")(inputs) for each in (copy, attention))):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_attention_classifier_under_mixed_precision_ends_in_float32(rng):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = models.attention_classifier(BRANCHES, 4, 5, width=8)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert model.get_layer("canal_embed").compute_dtype == "float16" and model.output.dtype == "float32"
+    assert model.get_layer("logits").output.dtype == "float32" and model.inputs[0].dtype == "float32"
+    np.testing.assert_allclose(model.predict(_batch(rng), verbose=0).sum(axis=-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (({}, 4, 5), {}, "`branches` are {}"),
+        (({"canal": 2, "a/b": 1}, 4, 5), {}, r"First unfit: \['a/b'\]"),
+        (({"canal": 0}, 4, 5), {}, r"First unfit: \['canal'\]"),
+        (({"canal": 1}, 0, 5), {}, "`num_slices` is 0"),
+        (({"canal": 1}, 4, 5), {"num_grades": 1}, "`num_grades` is 1"),
+    ],
+)
+def test_attention_classifier_unfit_arguments_are_refused(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        models.attention_classifier(*arguments, **options)
+
+
+def test_attention_classifier_with_moments_standardises_each_feature_and_round_trips(tmp_path):
+    moments = {"canal": (np.array([1.0, -2.0]), np.array([4.0, 0.25]))}
+    model = models.attention_classifier({"canal": 2, "foraminal": 1}, 3, 2, width=4, units=2, moments=moments)
+    normalised = model.get_layer("canal_norm")(np.array([[[3.0, -1.5]]], np.float32))
+    np.testing.assert_allclose(normalised, [[[1.0, 1.0]]], rtol=1e-6)
+    assert isinstance(model.get_layer("foraminal_norm"), keras.layers.LayerNormalization)
+    rng = np.random.default_rng(0)
+    inputs = {f"{name}_slices": rng.normal(size=(2, 3, 2)).astype(np.float32) for name in ("canal", "foraminal")}
+    inputs |= {f"{name}_mask": np.array([[1, 1, 0], [1, 0, 0]], bool) for name in ("canal", "foraminal")}
+    model.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(again.predict(inputs, verbose=0), model.predict(inputs, verbose=0))

@@ -311,8 +311,10 @@ def attention_classifier(
 
     A branch, such as a condition read off one kind of series, has layers of its own and shares none; NAME is its name:
 
-        NAME_norm     layer normalisation of each slice, so that features of any scale train alike; or, with moments,
-                      each feature standardised by its own
+        NAME_moments  only with moments: each feature standardised by its own
+        NAME_norm     layer normalisation of each slice: one of large features would outshout the others in any mean,
+                      and attention learn nothing
+        NAME_thinned  dropout of features, the same in all slices of a row
         NAME_embed    Dense(width, relu) of each slice
         NAME_pooled   gated attention over the slices that are there: the embedding (batch, width), and the weights
         NAME_dropout
@@ -329,7 +331,7 @@ def attention_classifier(
         num_grades: classes of each target, at least 2.
         width: of the embedding.
         units: of `kerasmed.layers.GatedAttentionPooling`.
-        dropout: share of the embedding dropped while training, in [0, 1).
+        dropout: share of the features, and of the embedding, dropped while training, in [0, 1).
         moments: name -> mean and variance (D,) of the features of *training* slices, where slices of one kind differ
             little beside what all have in common, as they do in networks of random weights.
         name: the model's.
@@ -365,9 +367,9 @@ def attention_classifier(
         x = ops.where(ops.expand_dims(mask, -1), slices, ops.zeros_like(slices))
         if moments and branch in moments:
             mean, variance = (np.asarray(each, "float32") for each in moments[branch])
-            x = layers.Normalization(mean=mean, variance=variance, name=f"{branch}_norm")(x)
-        else:
-            x = layers.LayerNormalization(name=f"{branch}_norm")(x)
+            x = layers.Normalization(mean=mean, variance=variance, name=f"{branch}_moments")(x)
+        x = layers.LayerNormalization(name=f"{branch}_norm")(x)
+        x = layers.SpatialDropout1D(dropout, name=f"{branch}_thinned")(x)
         x = layers.Dense(width, activation="relu", name=f"{branch}_embed")(x)
         x, _ = GatedAttentionPooling(units, return_weights=True, name=f"{branch}_pooled")([x, mask])
         x = layers.Dropout(dropout, name=f"{branch}_dropout")(x)

@@ -33,6 +33,7 @@ LAYERS = {
     "study_plots": 1,
     "plots": 1,
     "classifiers": 1,
+    "imputation": 1,
     "grades": 1,
     "grade_plots": 1,
     "losses": 2,

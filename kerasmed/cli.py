@@ -218,11 +218,16 @@ def _show(table, folder: Path):
 
 def _show_numbers(table):
     """Print rows of `collection.collect`, each beside its baseline."""
+    from kerasmed.metrics import LOWER_IS_BETTER
+
     numbers = dict.fromkeys(("ci_low", "ci_high", "difference", "difference_low", "difference_high"), float)
-    for row in table.astype(numbers).to_dict("records"):
+    rows = table.astype(numbers).to_dict("records")
+    widths = {name: max(least, *(len(row[name]) for row in rows)) for name, least in (("task", 11), ("label", 14))}
+    for row in rows:
         metric, baseline = (row[name].replace("_", " ") for name in ("metric", "baseline"))
+        metric += " (lower is better)" if row["metric"] in LOWER_IS_BETTER else ""
         click.echo(
-            f"  {row['task']:<11} {row['label']:<14} {metric:<17} "
+            f"  {row['task']:<{widths['task']}} {row['label']:<{widths['label']}} {metric:<17} "
             f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]   {baseline} {row['baseline_value']:.3f}, "
             f"difference {row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
         )

@@ -255,7 +255,7 @@ def slice_weights(
         if images is not None:
             spots[place, 1].imshow(images[place], cmap="gray", vmin=0, vmax=255)
             top = int(np.argmax(each))
-            found = "" if signal is None else ", right" if marked[top] else ", wrong"
+            found = "" if signal is None else ", with it" if marked[top] else ", without it"
             spots[place, 1].set_title(f"slice {top + 1}{found}", fontsize=7.5)
     for axis in spots.reshape(rows, columns, parts)[:, 0, 0]:
         axis.set_ylabel("weight", fontsize=7)
@@ -321,9 +321,8 @@ def grid_heat_map(
             corner = (column - 0.5, line - 0.5)
             axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1.8, clip_on=False))
         others = table[~is_model & (table["condition"] == condition)]
-        said = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in zip(others["variant"], others[metric])]
-        below = "".join(f"\n{', '.join(said[first : first + 2])}" for first in range(0, len(said), 2))
-        axis.set_title(condition.replace("_", " ") + below, fontsize=8)
+        said = [f"\n{name.replace('_', ' ')} {value:.3f}" for name, value in zip(others["variant"], others[metric])]
+        axis.set_title(condition.replace("_", " ") + "".join(said), fontsize=8)
         axis.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
         axis.set_yticks(range(len(lines)), lines, fontsize=7.5)
         axis.tick_params(length=0)

@@ -107,7 +107,7 @@ def test_slice_weights_mark_the_slices_of_the_finding_and_show_the_top_one():
     assert [bar.get_height() for bar in bars.patches] == [0.1, 0.7, 0.2]
     assert [to_hex(bar.get_facecolor()) for bar in bars.patches] == [COLOURS[0], COLOURS[1], COLOURS[0]]
     assert bars.get_lines()[0].get_ydata()[0] == 1 / 3 and second.get_lines()[0].get_ydata()[0] == 1 / 2
-    assert [axis.get_title() for axis in figure.axes] == ["x", "slice 2, right", "y", "slice 1, wrong"]
+    assert [axis.get_title() for axis in figure.axes] == ["x", "slice 2, with it", "y", "slice 1, without it"]
     assert (picture.images[0].get_array().max(), other.images[0].get_array().max()) == (1, 2)
     plain = grade_plots.slice_weights(weights, ["x", "y"], title="T", columns=1)
     assert len(plain.axes) == 2 and _texts(plain.legends[0].get_texts()) == ["weight in a plain mean"]

@@ -6,24 +6,20 @@ params.json, so that a prediction sees what training saw.
 
 import hashlib
 import io
-import logging
-import struct
-import threading
 import warnings
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-DICOM_SUFFIXES = (".dcm", ".dicom")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", *DICOM_SUFFIXES)
+from kerasmed import dicom
+from kerasmed.dicom import MAX_PIXELS, Header, ImageError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", *dicom.SUFFIXES)
 FITS = ("stretch", "pad")
 INTERPOLATIONS = {
     "area": cv2.INTER_AREA,
@@ -31,39 +27,9 @@ INTERPOLATIONS = {
     "cubic": cv2.INTER_CUBIC,
     "nearest": cv2.INTER_NEAREST,
 }
-# A file that claims more is refused before its pixels are read: 100 megapixels decode to 100 MB of grey.
-MAX_PIXELS = 100_000_000
 THUMBNAIL_SIZE = (64, 64)
 # What is noted of a decoded picture, before any resizing; equal digests are equal sizes and pixels.
 FACTS = np.dtype([("height", "i4"), ("width", "i4"), ("maximum", "u1"), ("std", "f4"), ("digest", "U16")])
-_PHOTOMETRICS = {"MONOCHROME1": 1, "MONOCHROME2": 1, "PALETTE COLOR": 1}  # -> samples a pixel
-_PHOTOMETRICS |= dict.fromkeys(("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"), 3)
-_DICOM_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-# All that is taken of a DICOM file: neither names nor ids nor dates.
-_DICOM_TAGS = (
-    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PlanarConfiguration", "PhotometricInterpretation"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
-    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
-    *(f"{colour}PaletteColorLookupTableDescriptor" for colour in ("Red", "Green", "Blue", "Alpha")),
-    *(f"{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue", "Alpha")),
-    *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue", "Alpha")),
-    *("PixelPresentation", "ExtendedOffsetTable", "ExtendedOffsetTableLengths", *_DICOM_PIXELS),
-)
-_DICOM_LOCK = threading.Lock()
-
-
-class ImageError(ValueError):
-    """A file that is no whole, readable image; the message is the reason."""
-
-
-class Header(NamedTuple):
-    """What a file says of its pixels, as stored: before any rotation, conversion or resizing."""
-
-    height: int
-    width: int
-    format: str  # "JPEG", "PNG", ...
-    mode: str  # Pillow's name of the channels: "L" is grey, "RGB" colour
-    bits: int  # a channel
 
 
 def read(
@@ -82,13 +48,13 @@ def read(
     lost bytes in its middle decodes to a damaged picture and is not noticed.
 
     A DICOM file of one frame is read likewise, after its rescaling or modality table; MONOCHROME1 is inverted, so that
-    bone is bright in all. Its window is not applied, as it clips, and a padding value counts in the range. Of its
-    header only what describes the pixels is looked at, and no value but numbers reaches a message; identifiers burned
-    into the pixels stay there.
+    bone is bright in all. What its PixelPaddingValue marks becomes black and does not count in the range. Its window is
+    not applied, as it clips. Of its header only what describes the pixels is looked at, and no value but numbers
+    reaches a message; identifiers burned into the pixels stay there.
 
     Args:
         path: file, or a binary file object. DICOM is known by "DICM" at byte 128; a file whose name ends in one of
-            `DICOM_SUFFIXES` may lack it.
+            `dicom.SUFFIXES` may lack it.
         image_size: (height, width) to resize to; None keeps the size.
         fit: "stretch" ignores the aspect ratio; "pad" keeps it and fills with black.
         interpolation: "area" (default), "linear", "cubic" or "nearest".
@@ -105,8 +71,8 @@ def read(
     Source: DICOM PS3.3, C.7.6.3 (image pixels) and C.11.1 (modality table); decoded by pydicom.
     """
     data = path.read() if hasattr(path, "read") else Path(path).read_bytes()
-    dicom = _dicom_header(io.BytesIO(data), path)
-    image = _to_grey(_decode(data) if dicom is None else _decode_dicom(data, dicom))
+    image, padding = dicom.decode(data, path) or (_decode(data), None)
+    image = _to_grey(image, padding)
     return finish(image, image_size=image_size, fit=fit, interpolation=interpolation, equalize=equalize)
 
 
@@ -173,9 +139,9 @@ def read_header(path) -> Header:
         ImageError: empty, no image, or a header that cannot be read.
     """
     with open(path, "rb") as file:
-        dicom = _dicom_header(file, path)
-        if dicom is not None:
-            return dicom
+        of_dicom = dicom.read_header(file, path)
+        if of_dicom is not None:
+            return of_dicom
         file.seek(0)
         start = file.read(32)
         if not start:
@@ -218,28 +184,6 @@ def headers(root, image_paths: Sequence[str], *, threads: int = 8) -> pd.DataFra
     return table.astype(dict.fromkeys(("bytes", "height", "width", "bits"), "Int64"))
 
 
-def is_dicom(path) -> bool:
-    """Whether a file begins as a DICOM file does, whatever its name; one that cannot be opened is none."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def study_uid(path) -> str:
-    """StudyInstanceUID of a DICOM file, "" where there is none: to tell studies apart, never to be shown or kept."""
-    import pydicom
-
-    try:
-        with _dicom_errors():
-            return str(
-                pydicom.dcmread(path, specific_tags=["StudyInstanceUID"], stop_before_pixels=True)[0x20000D].value
-            )
-    except ImageError:
-        return ""
-
-
 def _open(file, start: bytes) -> Image.Image:
     """Open a file object with Pillow, which reads the header only; `start` is shown where it is no image."""
     try:
@@ -252,187 +196,6 @@ def _open(file, start: bytes) -> Image.Image:
         raise ImageError(f"not an image (starts with {start[:8]!r})") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"unreadable header: {error}") from None
-
-
-@contextmanager
-def _dicom_errors() -> Iterator[None]:
-    """Turn what pydicom raises into ImageError; one file at a time, as filters of warnings are no thread's own.
-
-    pydicom's own words, in errors, warnings and logs, may quote the header: none is passed on.
-    """
-    from pydicom.errors import BytesLengthException, InvalidDicomError
-
-    logger = logging.getLogger("pydicom")
-    with _DICOM_LOCK, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pydicom|PIL")
-        # Segments that hold more than Rows × Columns are cut with a warning.
-        warnings.filterwarnings("error", "The decoded RLE segment contains", module="pydicom")
-        level = logger.level
-        logger.setLevel(logging.CRITICAL + 1)
-        try:
-            yield
-        except ImageError:
-            raise
-        except (
-            *(InvalidDicomError, BytesLengthException, AttributeError, LookupError, TypeError, ValueError),
-            *(ArithmeticError, EOFError, OSError, RuntimeError, StopIteration, struct.error, zlib.error),
-        ) as error:
-            raise ImageError(f"damaged DICOM ({type(error).__name__} in pydicom)") from None
-        finally:
-            logger.setLevel(level)
-
-
-def _dicom_header(file, path) -> Header | None:
-    """Read the header of a DICOM file, given open and by its path or file object; None where it is no DICOM."""
-    start = file.read(132)
-    has_prefix = start[128:] == b"DICM"
-    if not has_prefix and not str(getattr(path, "name", path)).lower().endswith(DICOM_SUFFIXES):
-        return None
-    try:
-        with _dicom_errors():
-            data_set = _parse_dicom(file, stop_before_pixels=True)
-            height, width = _number(data_set, "Rows"), _number(data_set, "Columns")
-            bits = _number(data_set, "BitsStored", _number(data_set, "BitsAllocated"))
-            grey = str(data_set.get("PhotometricInterpretation")).startswith("MONOCHROME")
-            return Header(height, width, "DICOM", "L" if grey else "RGB", bits)
-    except ImageError:
-        if has_prefix:
-            raise
-        return None
-
-
-def _parse_dicom(file, **options):
-    """Parse what `_DICOM_TAGS` name of a DICOM file, with a transfer syntax even where the file states none."""
-    import pydicom
-    from pydicom import uid
-
-    _check_inflated(file)
-    file.seek(0)
-    data_set = pydicom.dcmread(file, force=True, specific_tags=list(_DICOM_TAGS), **options)
-    if "TransferSyntaxUID" not in data_set.file_meta:
-        implicit, little = data_set.original_encoding
-        explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
-        data_set.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
-    return data_set
-
-
-def _check_inflated(file) -> None:
-    """Refuse a deflated data set that inflates to more than its pixels may take: pydicom would inflate it whole."""
-    from pydicom.filereader import read_dataset
-    from pydicom.uid import DeflatedExplicitVRLittleEndian
-
-    file.seek(128)
-    if file.read(4) != b"DICM":
-        file.seek(0)
-    meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
-    if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
-        return
-    inflater, packed, size = zlib.decompressobj(-zlib.MAX_WBITS), file.read(), 0
-    while packed:
-        size += len(inflater.decompress(packed, 2**20))
-        packed = inflater.unconsumed_tail
-        if size > 4 * MAX_PIXELS:
-            raise ImageError(f"deflated DICOM of more than {4 * MAX_PIXELS} bytes")
-
-
-def _number(data_set, tag: str, default: int | None = None) -> int:
-    value = data_set.get(tag) or default
-    if not isinstance(value, int) or value < 1:
-        raise ImageError(f"no image in this DICOM file: {tag} is absent or no positive number")
-    return int(value)
-
-
-def _decode_dicom(data: bytes, header: Header) -> np.ndarray:
-    """Decode a DICOM file of one frame to an array (H, W[, 3 or 4]), bright where the body is dense."""
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
-    from pydicom.uid import RLELossless
-
-    if header.width * header.height > MAX_PIXELS:
-        raise ImageError(f"{header.width}×{header.height} pixels, more than the {MAX_PIXELS} that are read")
-    with _dicom_errors():
-        data_set = _parse_dicom(io.BytesIO(data))
-        _check_dicom(data_set, header)
-        syntax, photometric = data_set.file_meta.TransferSyntaxUID, data_set.PhotometricInterpretation
-        # Of run lengths that do not fit Rows × Columns only pydicom's own decoder tells.
-        plugin = "pydicom" if syntax == RLELossless else ""
-        try:
-            image = pixel_array(data_set, decoding_plugin=plugin)
-        except RuntimeError:
-            raise ImageError(
-                f"damaged DICOM pixels in {syntax.name}, or such as the decoders at hand do not know; "
-                "the extra `dicom` installs further ones"
-            ) from None
-        shape = (header.height, header.width) + (3,) * (_PHOTOMETRICS[photometric] == 3)
-        if image.shape != shape:
-            raise ImageError(f"DICOM pixels of shape {image.shape}, where one frame of shape {shape} is expected")
-        if photometric == "PALETTE COLOR":
-            return apply_color_lut(image, data_set)
-        rescale = [data_set.get("RescaleSlope"), data_set.get("RescaleIntercept")]
-        has_rescale = None not in rescale and rescale != [1, 0]
-        if has_rescale and not (0 < abs(rescale[0]) < 1e15 and abs(rescale[1]) < 1e15):
-            raise ImageError("DICOM whose RescaleSlope is 0, or whose rescaling is out of bounds")
-        if image.ndim == 2 and (has_rescale or data_set.get("ModalityLUTSequence")):
-            image = apply_modality_lut(image, data_set)
-        elif image.dtype.kind == "u" and header.bits == 8 and image.max() < 256:
-            image = image.astype(np.uint8)  # however many bits hold them
-    if header.bits < 8:
-        image = image.astype(np.int16)  # which is scaled: one bit becomes 0 and 255
-    if photometric == "MONOCHROME1":
-        image = ~image if np.issubdtype(image.dtype, np.integer) else -image
-    return image
-
-
-def _check_dicom(data_set, header: Header) -> None:
-    """Refuse what pydicom would decode to several pictures or a wrong one, or has no decoder for."""
-    from pydicom.pixels import get_decoder
-
-    frames, samples = _number(data_set, "NumberOfFrames", 1), _number(data_set, "SamplesPerPixel")
-    photometric = data_set.get("PhotometricInterpretation")
-    if frames > 1:
-        raise ImageError(f"{frames} frames in a DICOM file, where one is expected")
-    if _PHOTOMETRICS.get(photometric) != samples:
-        known = ", ".join(f"{name} ({count})" for name, count in _PHOTOMETRICS.items())
-        raise ImageError(f"DICOM of {samples} SamplesPerPixel and a PhotometricInterpretation that is none of {known}")
-    if data_set.get("HighBit", header.bits - 1) != header.bits - 1:
-        raise ImageError(f"DICOM with BitsStored {header.bits}, but a HighBit that is not one less")
-    pixels = [data_set[tag].value for tag in _DICOM_PIXELS if tag in data_set]
-    if len(pixels) != 1 or not pixels[0]:
-        raise ImageError("no pixel data in this DICOM file, or cut off")
-    syntax = data_set.file_meta.TransferSyntaxUID
-    try:
-        has_decoder = get_decoder(syntax).is_available
-    except NotImplementedError:
-        has_decoder = False
-    if not has_decoder:
-        name = syntax.name if syntax.name != syntax else "an unknown transfer syntax"
-        raise ImageError(f"no decoder for DICOM pixels in {name}; the extra `dicom` installs further ones")
-    if syntax.is_encapsulated:
-        _check_codestream(pixels[0], header)
-        return
-    bits = header.width * header.height * samples * _number(data_set, "BitsAllocated")
-    expected = -(-bits // 8) * 2 // 3 if photometric == "YBR_FULL_422" else -(-bits // 8)
-    # Files may be padded, but a row or a column too many is a sign that Rows or Columns is wrong.
-    if not expected <= len(pixels[0]) < expected + max(expected // max(header.height, header.width), 2):
-        raise ImageError(
-            f"DICOM cut off, or of other Rows or Columns: {len(pixels[0])} bytes of pixels, "
-            f"where {header.width}×{header.height} take {expected}"
-        )
-
-
-def _check_codestream(encapsulated: bytes, header: Header) -> None:
-    """Refuse a JPEG or JPEG 2000 whose own size is another; of equal areas pydicom would make a scrambled picture."""
-    from pydicom.encaps import get_frame
-
-    try:
-        inner = Image.open(io.BytesIO(get_frame(encapsulated, 0, number_of_frames=1)), formats=("JPEG", "JPEG2000"))
-    except UnidentifiedImageError:
-        return  # of another compression, or one that only its decoder understands
-    except Image.DecompressionBombError:
-        raise ImageError(f"damaged DICOM: its compressed pixels claim more than {Image.MAX_IMAGE_PIXELS}") from None
-    if inner.size != (header.width, header.height):
-        raise ImageError(
-            f"{inner.width}×{inner.height} DICOM pixels, where Columns and Rows are {header.width}×{header.height}"
-        )
 
 
 def _decode(data: bytes) -> np.ndarray:
@@ -465,27 +228,27 @@ def _decode(data: bytes) -> np.ndarray:
         raise ImageError(f"damaged {header.format}: {error}") from None
 
 
-def _to_grey(image: np.ndarray) -> np.ndarray:
+def _to_grey(image: np.ndarray, padding: np.ndarray | None = None) -> np.ndarray:
     """Scale to 8 bits, composite on black, and take the luma of an array (H, W[, 1, 3 or 4]), RGB order."""
     alpha = None
     if image.ndim == 3 and image.shape[2] == 4:
         alpha = image[..., 3:].astype(np.float32) / np.iinfo(image.dtype).max
         image = image[..., :3]
     if image.dtype != np.uint8:
-        image = _scale_by_range(image)
+        image = _scale_by_range(image, padding)
     if alpha is not None:
         image = np.rint(image * alpha).astype(np.uint8)
     if image.ndim == 2:
-        return image
+        return image if padding is None else np.where(padding, np.uint8(0), image)
     return image[..., 0] if image.shape[2] == 1 else cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
 
 
-def _scale_by_range(image: np.ndarray) -> np.ndarray:
-    """Map an array's own minimum to 0 and maximum to 255; a constant array becomes 0."""
+def _scale_by_range(image: np.ndarray, padding: np.ndarray | None) -> np.ndarray:
+    """Map an array's own minimum to 0 and maximum to 255; a constant array becomes 0, and so does padding."""
     image = np.nan_to_num(image.astype(np.float32))
-    low, high = float(image.min()), float(image.max())
-    return (
-        np.rint((image - low) * (255 / (high - low))).astype(np.uint8)
-        if high > low
-        else np.zeros(image.shape, np.uint8)
-    )
+    counted = image if padding is None else image[~padding]
+    low, high = (float(counted.min()), float(counted.max())) if counted.size else (0.0, 0.0)
+    if high <= low:
+        return np.zeros(image.shape, np.uint8)
+    image = image if padding is None else image.clip(low, high)
+    return np.rint((image - low) * (255 / (high - low))).astype(np.uint8)

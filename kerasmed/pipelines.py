@@ -19,12 +19,13 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from kerasmed import datasets, images, paths, runs
+from kerasmed import datasets, dicom, images, paths, runs
 
 SHARD_ROWS = 256
 _CONTENT = 2  # what a store holds; to be raised when that changes
 # A change of the reader may alter pixels: stores made by another are not taken for current ones.
-_MAKERS = hashlib.sha256(Path(images.__file__).read_bytes()).hexdigest()[:16] + f"-{_CONTENT}"
+_READERS = b"".join(Path(module.__file__).read_bytes() for module in (images, dicom))
+_MAKERS = hashlib.sha256(_READERS).hexdigest()[:16] + f"-{_CONTENT}"
 _SYSTEM_REFUSED = "system refused:"
 _AHEAD = 4
 

@@ -3,8 +3,6 @@ import logging
 import struct
 import subprocess
 import sys
-import traceback
-import types
 import warnings
 import zlib
 from pathlib import Path
@@ -20,7 +18,6 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from kerasmed import images
 
 WHEEL = Path(pydicom.__path__[0]) / "data"  # test files that come with the library
-IDENTIFIERS = {"PatientName": "Planted^Patient", "PatientID": "PLANTED-77", "OtherPatientIDs": "PLANTED-78"}
 
 
 @pytest.fixture
@@ -243,7 +240,7 @@ def test_headers_of_no_files_are_an_empty_table(tmp_path):
 
 
 def _data_set(pixels, *, syntax=uid.ExplicitVRLittleEndian, **tags):
-    """A data set of an array (H, W) or (H, W, 3), native or already encoded, with identifiers; None drops a tag."""
+    """A data set of an array (H, W) or (H, W, 3), native or already encoded; None drops a tag."""
     data_set = Dataset()
     data_set.file_meta = FileMetaDataset()
     data_set.file_meta.TransferSyntaxUID = syntax
@@ -252,7 +249,7 @@ def _data_set(pixels, *, syntax=uid.ExplicitVRLittleEndian, **tags):
     told = {"Rows": pixels.shape[0], "Columns": pixels.shape[1], "SamplesPerPixel": 1 if grey else 3}
     told |= {"PhotometricInterpretation": "MONOCHROME2" if grey else "RGB", "PixelRepresentation": 0}
     told |= {"BitsAllocated": bits, "PlanarConfiguration": None if grey else 0, "PixelData": pixels.tobytes()}
-    told |= {"BitsStored": bits, **IDENTIFIERS, **tags}
+    told |= {"BitsStored": bits, **tags}
     told.setdefault("HighBit", (told["BitsStored"] or 1) - 1)
     for name, value in told.items():
         if value is not None:
@@ -314,6 +311,21 @@ def test_read_one_bit_dicom_is_black_and_white(tmp_path):
     packed = np.packbits(square, bitorder="little").tobytes()
     path = _dicom(tmp_path / "a.dcm", square, BitsAllocated=1, BitsStored=1, PixelData=packed)
     np.testing.assert_array_equal(images.read(path), 255 * square)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_read_dicom_with_padding_shows_it_black_and_leaves_it_out_of_the_range(tmp_path, photometric):
+    deep = np.array([[100, 200], [300, 1100], [4095, 4000]], np.uint16)
+    tags = {"PhotometricInterpretation": photometric, "PixelPaddingValue": 4095, "PixelPaddingRangeLimit": 4000}
+    got = images.read(_dicom(tmp_path / "a.dcm", deep, **tags))
+    # (x - 100) · 255 / 1000 of the first four, or what is left of 255; rounded
+    np.testing.assert_array_equal(
+        got, [[255, 230], [204, 0], [0, 0]] if photometric[-1] == "1" else [[0, 26], [51, 255], [0, 0]]
+    )
+    eight = np.array([[0, 255], [10, 20]], np.uint8)
+    got = images.read(_dicom(tmp_path / "b.dcm", eight, PhotometricInterpretation=photometric, PixelPaddingValue=0))
+    np.testing.assert_array_equal(got, [[0, 0], [245, 235]] if photometric[-1] == "1" else eight)
+    assert not images.read(_dicom(tmp_path / "c.dcm", np.full((3, 3), 900, np.uint16), PixelPaddingValue=900)).any()
 
 
 def test_read_constant_deep_dicom_is_black(tmp_path):
@@ -390,121 +402,6 @@ def test_read_compressed_dicom(tmp_path, ramp, syntax):
     np.testing.assert_allclose(images.read(tmp_path / "a.dcm").astype(int), ramp, atol=atol)
 
 
-DAMAGES = {
-    "frames": ({"NumberOfFrames": 3}, "3 frames in a DICOM file, where one is expected"),
-    "frame that is not told": ({"Rows": 20}, "2000 bytes of pixels, where 50×20 take 1000"),
-    "a row less": ({"Rows": 39}, "2000 bytes of pixels, where 50×39 take 1950"),
-    "a column less": ({"Columns": 49}, "2000 bytes of pixels, where 49×40 take 1960"),
-    "a column more": ({"Columns": 51}, "2000 bytes of pixels, where 51×40 take 2040"),
-    "no rows": ({"Rows": None}, "Rows is absent or no positive number"),
-    "zero columns": ({"Columns": 0}, "Columns is absent or no positive number"),
-    "two numbers": ({"Columns": [50, 50]}, "Columns is absent or no positive number"),
-    "empty pixels": ({"PixelData": b""}, "no pixel data"),
-    "samples": ({"SamplesPerPixel": 3}, "DICOM of 3 SamplesPerPixel and a PhotometricInterpretation that is none of"),
-    "photometric": ({"PhotometricInterpretation": "PLANTED"}, r"none of MONOCHROME1 \(1\), .*YBR_RCT \(3\)"),
-    "bits": ({"BitsAllocated": 12, "PixelData": bytes(3000)}, "damaged DICOM"),
-    "high bit": ({"HighBit": 15}, "BitsStored 8, but a HighBit that is not one less"),
-    "slope": ({"RescaleSlope": 0, "RescaleIntercept": 1}, "RescaleSlope is 0"),
-    "slopes": ({"RescaleSlope": [1, 2], "RescaleIntercept": 1}, r"damaged DICOM \(TypeError in pydicom\)"),
-    "no palette": ({"PhotometricInterpretation": "PALETTE COLOR"}, r"damaged DICOM \(ValueError in pydicom\)"),
-    "video": ({"syntax": uid.MPEG2MPML}, "no decoder for DICOM pixels in MPEG2 Main Profile / Main Level"),
-    "no JPEG": ({"syntax": uid.JPEGBaseline8Bit}, r"damaged DICOM pixels in JPEG Baseline"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_read_damaged_dicom_says_why_and_names_no_patient(tmp_path, ramp, name, caplog, recwarn):
-    tags, reason = DAMAGES[name]
-    if "syntax" in tags:
-        tags = {"PixelData": encaps.encapsulate([bytes(100)])} | tags
-    path = _dicom(tmp_path / "a.dcm", ramp, **tags)
-    caplog.clear(), recwarn.clear()
-    with caplog.at_level(logging.DEBUG), pytest.raises(images.ImageError, match=reason) as caught:
-        images.read(path)
-    assert not len(recwarn) and not caplog.records
-    assert "planted" not in "".join(traceback.format_exception(caught.value)).lower()
-
-
-def test_read_dicom_in_an_unknown_transfer_syntax_does_not_quote_it(tmp_path, ramp):
-    path = _dicom(tmp_path / "a.dcm", ramp, syntax=uid.JPEGBaseline8Bit, PixelData=encaps.encapsulate([bytes(100)]))
-    path.write_bytes(path.read_bytes().replace(uid.JPEGBaseline8Bit.encode(), b"1.2.840.10008.1.2.4.77"))
-    with pytest.raises(images.ImageError, match="no decoder for DICOM pixels in an unknown transfer syntax;"):
-        images.read(path)
-
-
-def test_read_dicom_takes_no_identifier_of_the_header(tmp_path, ramp, monkeypatch):
-    parsed = []
-    parse = images._parse_dicom
-    monkeypatch.setattr(images, "_parse_dicom", lambda *args, **options: parsed.append(parse(*args, **options)))
-    with pytest.raises(images.ImageError):
-        images.read(_dicom(tmp_path / "a.dcm", ramp))
-    assert parsed and "Rows" in parsed[0] and not any(name in parsed[0] for name in IDENTIFIERS)
-    # A bare data set whose first element is the name, and which is no image
-    bare = Dataset()
-    bare.PatientName = IDENTIFIERS["PatientName"]
-    bare.save_as(tmp_path / "b.dcm", implicit_vr=True, little_endian=True)
-    with pytest.raises(images.ImageError) as caught:
-        images.read_header(tmp_path / "b.dcm")
-    assert "Plan" not in str(caught.value) and b"Planted" in (tmp_path / "b.dcm").read_bytes()
-
-
-@pytest.mark.parametrize("encoded", [False, True])
-def test_read_truncated_dicom_is_refused_wherever_it_is_cut(tmp_path, ramp, encoded):
-    data_set = _data_set(ramp)
-    if encoded:
-        data_set.compress(uid.RLELossless)
-    data_set.save_as(tmp_path / "a.dcm", enforce_file_format=True)
-    whole = (tmp_path / "a.dcm").read_bytes()
-    for length in range(132, len(whole) - 8, 37):
-        with pytest.raises(images.ImageError, match="cut off|absent|damaged DICOM"):
-            images.read(io.BytesIO(whole[:length]))
-
-
-def test_read_dicom_whose_compressed_pixels_have_another_size_is_refused(tmp_path, ramp):
-    data = encaps.encapsulate([cv2.imencode(".jpg", ramp)[1].tobytes()])
-    turned = _dicom(tmp_path / "a.dcm", ramp, syntax=uid.JPEGBaseline8Bit, PixelData=data, Rows=50, Columns=40)
-    with pytest.raises(images.ImageError, match="50×40 DICOM pixels, where Columns and Rows are 40×50"):
-        images.read(turned)
-    data_set = _data_set(ramp)
-    data_set.compress(uid.RLELossless)
-    for rows in (39, 41):
-        data_set.Rows = rows
-        data_set.save_as(tmp_path / "a.dcm", enforce_file_format=True)
-        with pytest.raises(images.ImageError, match="damaged DICOM pixels in RLE Lossless"):
-            images.read(tmp_path / "a.dcm")
-
-
-def test_read_dicom_without_an_installed_decoder_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(pydicom.pixels, "get_decoder", lambda syntax: types.SimpleNamespace(is_available=False))
-    with pytest.raises(images.ImageError, match="JPEG-LS Lossless Image Compression; the extra `dicom` installs"):
-        images.read(WHEEL / "test_files/MR_small_jpeg_ls_lossless.dcm")
-
-
-@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.DeflatedExplicitVRLittleEndian])
-def test_read_dicom_bomb_is_refused_before_decoding(tmp_path, monkeypatch, syntax):
-    path = _dicom(tmp_path / "a.dcm", np.zeros((30, 30), np.uint8), syntax=syntax)
-    monkeypatch.setattr(images, "MAX_PIXELS", 200)
-    monkeypatch.setattr(pydicom.pixels, "pixel_array", None)
-    with pytest.raises(images.ImageError, match="30×30 pixels, more than the 200|deflated DICOM of more than 800"):
-        images.read(path)
-
-
-def test_read_randomly_damaged_dicom_is_read_or_refused(tmp_path, ramp, rng):
-    whole = np.frombuffer(_dicom(tmp_path / "a.dcm", ramp, RescaleSlope=2, RescaleIntercept=1).read_bytes(), np.uint8)
-    outcomes = set()
-    for _ in range(400):
-        damaged = whole.copy()
-        # The header alone: bytes of the pixels may be any
-        damaged[rng.integers(128, len(whole) - 2000, 3)] = rng.integers(0, 256, 3)
-        try:
-            images.read(io.BytesIO(damaged.tobytes()))
-            outcomes.add("read")
-        except images.ImageError as error:
-            assert "planted" not in str(error).lower()
-            outcomes.add(str(error).split()[0])
-    assert len(outcomes) > 4
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -561,13 +458,3 @@ def test_headers_of_dicom_give_reasons():
 def test_images_import_leaves_pydicom_out():
     code = "import sys, kerasmed.images; sys.exit('pydicom' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_study_uid_is_the_files_own_and_empty_where_there_is_none(tmp_path, ramp):
-    path = WHEEL / "test_files" / "CT_small.dcm"
-    assert images.is_dicom(path) and images.study_uid(path) == pydicom.dcmread(path).StudyInstanceUID
-    picture = _png(tmp_path / "a.png", ramp)
-    assert not images.is_dicom(picture) and images.study_uid(picture) == ""
-    (tmp_path / "cut").write_bytes(path.read_bytes()[:140])
-    assert images.is_dicom(tmp_path / "cut") and images.study_uid(tmp_path / "cut") == ""
-    assert not images.is_dicom(tmp_path / "absent")

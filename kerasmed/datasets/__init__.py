@@ -22,12 +22,12 @@ from typing import NamedTuple
 import joblib
 import pandas as pd
 
-from kerasmed import images, paths
+from kerasmed import dicom, images, paths
 from kerasmed.manifest import SPLITS
 
 logger = logging.getLogger(__name__)
 
-SYSTEMS = ("brain", "chest", "mura", "tritask")
+SYSTEMS = ("brain", "chest", "lumbar", "mura", "tritask")
 DATA_SOURCES = ("auto", "real", "synthetic")
 # Written into every synthetic set, so that it can never pass for real data.
 SYNTHETIC_MARKER = "synthetic.json"
@@ -102,8 +102,9 @@ def locate(system: str, parameters: Mapping, *, data_root=None) -> Source:
         name.removeprefix("synthetic_"): value for name, value in parameters.items() if name.startswith("synthetic_")
     }
     # What another version of the package has written is another set.
-    writer = Path(__file__).parent / "synthetic" / f"{system}.py"
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode() + writer.read_bytes()).hexdigest()[:10]
+    writers = sorted((Path(__file__).parent / "synthetic").glob(f"{system}*.py"))
+    code = b"".join(writer.read_bytes() for writer in writers)
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode() + code).hexdigest()[:10]
     target = paths.cache_root() / "synthetic" / f"{system}-{digest}"
     write_synthetic(system, target, **options)
     return Source(target, "synthetic")
@@ -152,18 +153,17 @@ def check(system: str, root, *, jobs: int = -1) -> tuple[pd.DataFrame, pd.DataFr
             problems.append({"part": part, "file": "", "problem": str(error)})
             continue
         counts.append(_count(frame, list(class_names), exclusive=module.EXCLUSIVE).assign(part=part))
+        pictures = _pictures(root, frame)
         reasons = joblib.Parallel(n_jobs=jobs, prefer="threads")(
-            joblib.delayed(_why_unreadable)(root / path) for path in frame["image_path"]
+            joblib.delayed(_why_unreadable)(root / path) for path in pictures
         )
         problems += [
-            {"part": part, "file": path, "problem": reason}
-            for path, reason in zip(frame["image_path"], reasons)
-            if reason
+            {"part": part, "file": path, "problem": reason} for path, reason in zip(pictures, reasons) if reason
         ]
         expected = {home / name for name in module.TABLES}
         if kind(module.folder(root)) == "synthetic":
             expected |= {module.folder(root) / name for name in SYNTHETIC_FILES}
-        listed = {*frame["image_path"], *(path.relative_to(root).as_posix() for path in expected)}
+        listed = {*pictures, *(path.relative_to(root).as_posix() for path in expected)}
         present = [Path(entry.path).relative_to(root).as_posix() for entry in files(home)]
         problems += [
             {
@@ -176,6 +176,14 @@ def check(system: str, root, *, jobs: int = -1) -> tuple[pd.DataFrame, pd.DataFr
         ]
     table = pd.concat(counts)[["part", "split", "class", "images"]] if counts else pd.DataFrame()
     return table, pd.DataFrame(problems, columns=["part", "file", "problem"])
+
+
+def _pictures(root: Path, frame: pd.DataFrame) -> list[str]:
+    """List the images of a manifest: of series all their DICOM files, not the middle ones alone."""
+    if "series_path" not in frame.columns:
+        return frame["image_path"].tolist()
+    found = [Path(entry.path) for path in frame["series_path"] for entry in files(root / path)]
+    return [path.relative_to(root).as_posix() for path in found if path.suffix.lower() in dicom.SUFFIXES]
 
 
 def _count(frame: pd.DataFrame, class_names: list[str], *, exclusive: bool) -> pd.DataFrame:
@@ -287,7 +295,7 @@ def image_files(path) -> tuple[Path, list[str]]:
         return path.parent, [path.name]
     names, others = [], []
     for entry in map(Path, files(path)):
-        is_image = entry.suffix.lower() in images.SUFFIXES or (entry.is_file() and images.is_dicom(entry))
+        is_image = entry.suffix.lower() in images.SUFFIXES or (entry.is_file() and dicom.is_dicom(entry))
         (names if is_image else others).append(entry.relative_to(path).as_posix())
     if not names:
         raise FileNotFoundError(

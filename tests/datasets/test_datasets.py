@@ -90,7 +90,7 @@ def test_locate_data_root_beside_synthetic_is_refused(brain_root):
 
 
 def test_locate_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'brian' is unknown; known are brain, chest, mura, tritask"):
+    with pytest.raises(ValueError, match="'brian' is unknown; known are brain, chest, lumbar, mura, tritask"):
         datasets.locate("brian", {"data_source": "auto"})
     with pytest.raises(ValueError, match="expected one of auto, real, synthetic"):
         datasets.locate("brain", {"data_source": "fake"})
@@ -172,8 +172,9 @@ def test_check_of_one_layout_for_all_parts_names_what_is_wrong(tritask_root):
 @pytest.mark.parametrize("system", datasets.SYSTEMS)
 def test_check_synthetic_set_has_no_problems(system, tmp_path):
     tiny_brain = {"patients_per_class": 3, "slices_per_patient": 1}
+    tiny_lumbar = {"studies": 10, "image_side": (48, 50)}
     tiny = {"brain": tiny_brain, "chest": TINY_CHEST, "mura": {"patients": 40}, "tritask": TINY_TRITASK}
-    options = tiny[system]
+    options = (tiny | {"lumbar": tiny_lumbar})[system]
     root = datasets.write_synthetic(system, tmp_path / "s", **options)
     counts, problems = datasets.check(system, root)
     assert problems.empty and len(counts)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import images, models, pipelines, runs
+from kerasmed import dicom, models, pipelines, runs
 from kerasmed.systems.mura.networks import CLASS_NAMES, LABEL
 
 
@@ -67,7 +67,7 @@ def gather(path, names: Sequence[str]) -> dict[str, list[int]]:
     root = path if path.is_dir() else path.parent
     found: dict[tuple[str, str], list[int]] = {}
     for position, name in enumerate(names):
-        uid = images.study_uid(root / name) if images.is_dicom(root / name) else ""
+        uid = dicom.study_uid(root / name) if dicom.is_dicom(root / name) else ""
         found.setdefault((uid, "" if uid else posixpath.dirname(name)), []).append(position)
     folders = [posixpath.commonpath([posixpath.dirname(names[each]) for each in rows]) for rows in found.values()]
     often, shown = Counter(folders), []

@@ -47,6 +47,7 @@ LAYERS = {
     "medicalnet": 2,
     "pipelines": 3,
     "training": 3,
+    "embeddings": 3,
     "gradcam": 3,
     "systems": 4,
     "notebooks": 5,

@@ -1,0 +1,326 @@
+"""Series -> features of their slices, bags of them a study, and batches of bags.
+
+A network that was not trained for the task turns each slice, or each depth position of a volume, into a vector; a
+study's vectors of one modality are its bag. Networks see many slices at once, whatever series they are of, which is
+what makes it quick on any device. Batch normalisation uses its stored statistics, never those of a batch: a slice's
+vector does not depend on its neighbours in the batch.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from kerasmed import images, pipelines, runs
+
+SHARD_SLICES = 2048
+SHARD_VOLUMES = 64
+
+
+class Features(NamedTuple):
+    """Vectors of slices or of depth positions."""
+
+    values: np.ndarray  # float32 memory map, (num_rows, num_features)
+    index: pd.DataFrame  # a row a vector: study_id, series_id, modality, position
+
+
+# --- encoders --------------------------------------------------------------------------------------------------------
+
+
+def calibrate(model: keras.Model, pictures: np.ndarray, *, batch_size: int = 64) -> None:
+    """Give a network of random weights the statistics that its batch normalisations have on some pictures.
+
+    Without them each block of a residual network doubles the variance of what passes through, and what comes out says
+    little. The statistics are means over batches, each in training mode; the weights stay as they are, and no label is
+    looked at. Take the pictures from the training split.
+
+    Args:
+        model: whose BatchNormalization layers are set.
+        pictures: as the model takes them; at least one.
+        batch_size: pictures that statistics are taken over; a smaller last batch is left out where there are others.
+
+    Raises:
+        ValueError: no pictures.
+    """
+    if not len(pictures):
+        raise ValueError("there are no pictures to calibrate by; give some of the training split.")
+    normalisations = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    momenta = [layer.momentum for layer in normalisations]
+    for number in range(max(1, len(pictures) // batch_size)):
+        for layer in normalisations:
+            layer.momentum = number / (number + 1)  # a running mean over the batches
+        model(pictures[number * batch_size : (number + 1) * batch_size], training=True)
+    for layer, momentum in zip(normalisations, momenta):
+        layer.momentum = momentum
+
+
+def encode_slices(
+    encoder: keras.Model,
+    volumes: Sequence[np.ndarray],
+    folder: Path,
+    *,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> np.ndarray:
+    """Encode every slice of many series, in batches that know nothing of where a series ends.
+
+    Parts of 2,048 slices are written whole as they come, so that a killed call goes on where it stopped.
+
+    Args:
+        encoder: uint8 (batch, height, width, 1) -> (batch, num_features).
+        volumes: uint8 (depth, height, width) each, such as memory maps; sizes alike but for the depth.
+        folder: where `features.npy` goes; one that is there is opened. Name it by all that determines the features.
+        batch_size: slices at once.
+        progress: show a bar.
+
+    Returns:
+        float32 memory map, shape (total number of slices, num_features), in the order of series and slices.
+
+    Raises:
+        ValueError: no series.
+    """
+    ends = np.cumsum([len(volume) for volume in volumes])
+
+    def gather(first, last):
+        begin, end = np.searchsorted(ends, [first, last - 1], side="right")
+        start = ends[begin] - len(volumes[begin])
+        return np.concatenate(volumes[begin : end + 1])[first - start : last - start, ..., None]
+
+    return _encode(encoder, gather, int(ends[-1]) if len(ends) else 0, SHARD_SLICES, folder, batch_size, progress)
+
+
+def encode_volumes(
+    encoder: keras.Model,
+    volumes: Sequence[np.ndarray],
+    folder: Path,
+    *,
+    batch_size: int = 4,
+    progress: bool = True,
+) -> np.ndarray:
+    """Encode many series as volumes, each resampled to the size that the network takes.
+
+    Args:
+        encoder: uint8 (batch, depth, height, width, 1) -> (batch, positions, num_features).
+        volumes, folder, progress: as of `encode_slices`.
+        batch_size: volumes at once.
+
+    Returns:
+        float32 memory map, shape (number of series · positions, num_features).
+
+    Raises:
+        ValueError: no series.
+    """
+    shape, positions = encoder.input_shape[1:4], encoder.output_shape[1]
+
+    def gather(first, last):
+        return np.stack([resample(volume, shape) for volume in volumes[first:last]])[..., None]
+
+    values = _encode(encoder, gather, len(volumes), SHARD_VOLUMES, folder, batch_size, progress)
+    return values.reshape(len(volumes) * positions, -1)
+
+
+def resample(volume: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Resample a volume: each slice to a size, by area, then along the depth, linearly between slices.
+
+    The first and last slices stay where they are.
+
+    Args:
+        volume: uint8, shape (slices, height, width).
+        shape: (depth, height, width) to make.
+
+    Returns:
+        uint8 array of that shape.
+
+    Example:
+        >>> resample(np.array([[[0]], [[100]]], np.uint8), (3, 1, 1)).ravel().tolist()
+        [0, 50, 100]
+    """
+    depth, *image_size = shape
+    if volume.shape[1:] != tuple(image_size):
+        volume = np.stack([images.finish(np.ascontiguousarray(each), image_size=tuple(image_size)) for each in volume])
+    places = np.linspace(0, len(volume) - 1, depth)
+    below = np.minimum(places.astype(int), max(len(volume) - 2, 0))
+    above = np.minimum(below + 1, len(volume) - 1)
+    share = (places - below)[:, None, None].astype(np.float32)
+    return np.rint(volume[below] * (1 - share) + volume[above] * share).astype(np.uint8)
+
+
+def _encode(encoder, gather, count, shard_rows, folder, batch_size, progress) -> np.ndarray:
+    """Predict rows 0 to `count` - 1 in shards, and join what they give."""
+    if not count:
+        raise ValueError("there is no series to encode; see the quarantine for why.")
+    target = Path(folder) / "features.npy"
+    if not target.exists():
+        building = target.with_suffix(".building")
+        building.mkdir(parents=True, exist_ok=True)
+        firsts = range(0, count, shard_rows)
+        shards = [building / f"{first:09d}.npy" for first in firsts]
+        with tqdm(
+            total=count, desc="encode", file=sys.stdout, disable=not progress, mininterval=1, ascii=True, ncols=80
+        ) as bar:
+            for first, shard in zip(firsts, shards):
+                last = min(first + shard_rows, count)
+                if not shard.exists():
+                    values = encoder.predict(gather(first, last), batch_size=batch_size, verbose=0)
+                    with runs.whole(shard) as temporary:
+                        np.save(temporary, values.astype(np.float32))
+                bar.update(last - first)
+        shape = np.load(shards[0], mmap_mode="r").shape[1:]
+        with runs.whole(target) as temporary:
+            joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(count, *shape))
+            for first, shard in zip(firsts, shards):
+                joined[first : first + shard_rows] = np.load(shard)
+            joined.flush()
+            if not np.isfinite(joined).all():
+                raise FloatingPointError(f"{encoder.name} gives values that are not finite; look at its weights.")
+        shutil.rmtree(building)
+    return np.load(target, mmap_mode="r")
+
+
+# --- bags ------------------------------------------------------------------------------------------------------------
+
+
+def bag_rows(index: pd.DataFrame, study_ids: Sequence[str], modality: str) -> np.ndarray:
+    """List the rows of each study's vectors of one modality; several series of it follow one another.
+
+    Args:
+        index: of `Features`; rows of a series are in order.
+        study_ids: which studies, in order.
+        modality: a value of the index's `modality`.
+
+    Returns:
+        int array, shape (num_studies, most vectors of a study): rows of the index, then -1.
+    """
+    of_study = index.groupby("study_id").indices
+    wanted = (index["modality"] == modality).to_numpy()
+    found = [of_study.get(study, np.zeros(0, int)) for study in study_ids]
+    found = [rows[wanted[rows]] for rows in found]
+    bags = np.full((len(found), max([1, *map(len, found)])), -1)
+    for bag, rows in zip(bags, found):
+        bag[: len(rows)] = rows
+    return bags
+
+
+def bag_average(values: np.ndarray, bags: np.ndarray) -> np.ndarray:
+    """Average each bag's vectors.
+
+    Args:
+        values: float array, shape (num_rows, num_features).
+        bags: of `bag_rows`.
+
+    Returns:
+        float32 array, shape (num_studies, num_features); NaN for an empty bag.
+    """
+    means = np.full((len(bags), values.shape[1]), np.nan, np.float32)
+    for mean, bag in zip(means, bags):
+        if bag[0] >= 0:
+            mean[:] = values[bag[bag >= 0]].mean(axis=0)
+    return means
+
+
+def project(values: np.ndarray, width: int, *, seed: int = 0) -> np.ndarray:
+    """Project vectors to fewer numbers by a random matrix of N(0, 1 / width), which keeps distances on average.
+
+    Args:
+        values: float array, shape (num_rows, num_features).
+        width: numbers a row afterwards; 0, or not fewer than there are, leaves them as they are.
+        seed: of the matrix.
+
+    Returns:
+        float32 array, shape (num_rows, width).
+
+    Source: Johnson and Lindenstrauss 1984; Dasgupta and Gupta 2003, doi:10.1002/rsa.10073.
+    """
+    if not 0 < width < values.shape[1]:
+        return values.astype(np.float32)
+    matrix = np.random.default_rng(seed).normal(0, width**-0.5, (values.shape[1], width))
+    return (values @ matrix.astype(np.float32)).astype(np.float32)
+
+
+def bag_inputs(values: np.ndarray, bags: Mapping[str, np.ndarray], studies: np.ndarray) -> dict[str, np.ndarray]:
+    """Gather what `models.attention_classifier` takes of some studies.
+
+    Args:
+        values: float32, shape (num_rows, num_features).
+        bags: branch name -> `bag_rows`.
+        studies: int, positions in the bags.
+
+    Returns:
+        dict: "<name>_slices", float32 (num_studies, S, num_features), 0 where there is none, and "<name>_mask", bool.
+    """
+    inputs = {}
+    for name, rows in bags.items():
+        chosen = rows[studies]
+        mask = chosen >= 0
+        gathered = np.zeros((*chosen.shape, values.shape[1]), np.float32)
+        gathered[mask] = values[chosen[mask]]
+        inputs |= {f"{name}_slices": gathered, f"{name}_mask": mask}
+    return inputs
+
+
+def bag_dataset(
+    values: np.ndarray,
+    bags: Mapping[str, np.ndarray],
+    studies: np.ndarray,
+    targets: np.ndarray | None = None,
+    *,
+    batch_size: int = 32,
+    seed: int | None = None,
+    first_epoch: int = 0,
+):
+    """Make a `tf.data.Dataset` of bags: shuffled anew every epoch and without end, or every study once, in order.
+
+    Args:
+        values, bags, studies: as of `bag_inputs`.
+        targets: shape (num_studies, ...), beside `studies`; None for prediction.
+        batch_size: studies a batch.
+        seed: of the shuffle, by epoch; None for every study once, in order.
+        first_epoch: which epoch comes first.
+
+    Returns:
+        Dataset of dicts, with targets if given.
+    """
+    import tensorflow as tf
+
+    steps = pipelines.steps_per_epoch(len(studies), batch_size)
+
+    def one(order, index) -> tuple | dict:
+        chosen = order[index * batch_size : (index + 1) * batch_size]
+        inputs = bag_inputs(values, bags, studies[chosen])
+        return inputs if targets is None else (inputs, targets[chosen])
+
+    def generate() -> Iterator:
+        epoch = first_epoch
+        while seed is not None:
+            order = pipelines.epoch_order(len(studies), seed=seed, epoch=epoch)
+            yield from (one(order, index) for index in range(steps))
+            epoch += 1
+        yield from (one(np.arange(len(studies)), index) for index in range(steps))
+
+    signature = {}
+    for name, rows in bags.items():
+        signature[f"{name}_slices"] = tf.TensorSpec((None, rows.shape[1], values.shape[1]), tf.float32)
+        signature[f"{name}_mask"] = tf.TensorSpec((None, rows.shape[1]), tf.bool)
+    if targets is not None:
+        signature = (signature, tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
+    dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
+    if seed is None:
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
+    return dataset.prefetch(2)
+
+
+def write(path: Path, index: pd.DataFrame, values: np.ndarray) -> None:
+    """Write embeddings as CSV, whole: the index's columns, such as study_id and series_id, then 0 … D − 1."""
+    numbers = pd.DataFrame(values, columns=[str(place) for place in range(values.shape[1])])
+    runs.write_table(path, pd.concat([index.reset_index(drop=True), numbers], axis=1))
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Read embeddings that `write` wrote, ids as text."""
+    return pd.read_csv(path, dtype={"study_id": str, "series_id": str})

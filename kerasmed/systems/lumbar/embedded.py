@@ -1,0 +1,404 @@
+"""Notebook 02_lumbar_embeddings: encoders, and embeddings of studies, by mean and by trained attention."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import pandas as pd
+
+from kerasmed import (
+    backbones,
+    embeddings,
+    environment,
+    grades,
+    losses,
+    medicalnet,
+    models,
+    pipelines,
+    runs,
+    series,
+    training,
+)
+from kerasmed.datasets import lumbar as data
+from kerasmed.embeddings import Features
+from kerasmed.systems.lumbar.config import ATTENTION, AVERAGE, MEDICALNET, Config
+from kerasmed.systems.lumbar.shared import BRANCHES, CONDITIONS, TEST, Data, Part
+
+_CALIBRATION_SLICES, _CALIBRATION_VOLUMES = 1024, 32
+
+
+class Attended(NamedTuple):
+    """What attention that was trained for one part says of every study."""
+
+    pooled: dict[str, np.ndarray]  # condition -> (num_studies, width)
+    weights: dict[str, np.ndarray]  # condition -> (num_studies, S), beside the bags; 0 where there is no slice
+    probabilities: np.ndarray  # (num_studies, 25, 3): the network's own answers
+    history: pd.DataFrame
+    folder: str
+
+
+# --- encoders --------------------------------------------------------------------------------------------------------
+
+
+def find_weights(config: Config) -> None:
+    """Have the weights at hand; see `kerasmed.backbones.find_weights` for what it raises.
+
+    Raises:
+        FileNotFoundError: no file at `medicalnet_weights`.
+    """
+    if {AVERAGE, ATTENTION} & set(config.methods):
+        backbones.find_weights(config.encoder, config.weights, time_limit=config.weights_seconds)
+    wanted = MEDICALNET in config.methods and config.medicalnet_weights != "none"
+    if wanted and not Path(config.medicalnet_weights).is_file():
+        raise FileNotFoundError(
+            f"no file at `medicalnet_weights` = {config.medicalnet_weights}; expected none, or the path of a state "
+            "dict of github.com/Tencent/MedicalNet as .pth, or converted to .npz."
+        )
+
+
+def slice_encoder(config: Config, found: Data, normalisation: str, part: Part) -> tuple[keras.Model, dict]:
+    """Build the network that encodes slices.
+
+    Random weights (`weights` none) get batch statistics from slices of the part's training studies.
+
+    Returns:
+        The model, and the receipt of its weights as a dict.
+    """
+    environment.fresh(config.seed)
+    encoder, receipt = backbones.build(
+        config.encoder,
+        tuple(config.image_size),
+        weights=config.weights,
+        time_limit=config.weights_seconds,
+        min_share=config.min_matched_share,
+    )
+    if receipt:
+        return encoder, receipt.as_dict()
+    drawn = _drawn_rows(config, found, part, _CALIBRATION_SLICES // 8)
+    pictures = np.concatenate([series.load(found.volumes, normalisation, row) for row in drawn])
+    chosen = np.random.default_rng(config.seed).permutation(len(pictures))[:_CALIBRATION_SLICES]
+    embeddings.calibrate(encoder, pictures[chosen, ..., None])
+    return encoder, _random_receipt(config, f"batch statistics of {len(chosen)} training slices")
+
+
+def volume_encoder(config: Config, found: Data, normalisation: str, part: Part) -> tuple[keras.Model, dict]:
+    """Build the 3D network that encodes whole series; see `slice_encoder`."""
+    environment.fresh(config.seed)
+    encoder = medicalnet.build(config.medicalnet_depth, (*config.medicalnet_size, 1), pool="plane")
+    if config.medicalnet_weights != "none":
+        state = medicalnet.read_state_dict(config.medicalnet_weights)
+        options = {"min_share": config.min_matched_share, "source": str(config.medicalnet_weights)}
+        return encoder, medicalnet.load(encoder, state, **options).as_dict()
+    drawn = _drawn_rows(config, found, part, _CALIBRATION_VOLUMES)
+    volumes = [series.load(found.volumes, normalisation, row) for row in drawn]
+    volumes = np.stack([embeddings.resample(volume, tuple(config.medicalnet_size)) for volume in volumes])
+    embeddings.calibrate(encoder, volumes[..., None], batch_size=8)
+    return encoder, _random_receipt(config, f"batch statistics of {len(drawn)} training volumes")
+
+
+def _random_receipt(config, how) -> dict:
+    source = f"none: random weights of seed {config.seed}, {how}"
+    return backbones.Receipt(source, [], [], []).as_dict() | {"share": None}
+
+
+def _drawn_rows(config, found, part, count) -> np.ndarray:
+    """Draw some series of a part's training studies: rows of the volumes' table."""
+    learnt = found.volumes.table["study_id"].isin(found.studies["study_id"].iloc[part.train])
+    return np.random.default_rng(config.seed).permutation(np.flatnonzero(learnt))[:count]
+
+
+def encode(config: Config, found: Data, part: Part, method: str, normalisation: str, *, run: Path) -> Features:
+    """Encode every series by the method's network, or open what an earlier call has written.
+
+    Writes `features/<kind>-<normalisation>/` (features.npy, index.csv), `encoders/<kind>-<normalisation>.keras` and its
+    receipt, where kind is "slices" or, of MedicalNet, "planes": the means over height and width at each depth.
+
+    Args:
+        config: the recipe.
+        found: of `read`.
+        part: whose training studies random weights get their batch statistics from.
+        method: "average" and "attention" share slices, "medicalnet" takes volumes.
+        normalisation: "gsl" or "hist".
+        run: the run folder.
+    """
+    kind = "planes" if method == MEDICALNET else "slices"
+    folder, table = run / "features" / f"{kind}-{normalisation}", found.volumes.table
+    if not (folder / "index.csv").exists():
+        encoder, receipt = (volume_encoder if kind == "planes" else slice_encoder)(config, found, normalisation, part)
+        runs.write_json(run / "encoders" / f"{kind}-{normalisation}.json", receipt)
+        runs.write_model(run / "encoders" / f"{kind}-{normalisation}.keras", encoder)
+        volumes = [series.load(found.volumes, normalisation, row) for row in range(len(table))]
+        if kind == "planes":
+            embeddings.encode_volumes(encoder, volumes, folder)
+            counts = np.full(len(table), encoder.output_shape[1])
+        else:
+            embeddings.encode_slices(encoder, volumes, folder, batch_size=config.encode_batch_size)
+            counts = np.array([len(volume) for volume in volumes])
+        index = table.loc[np.repeat(np.arange(len(table)), counts), ["study_id", "series_id", "modality"]]
+        index = index.assign(position=np.concatenate([np.arange(count) for count in counts]))
+        runs.write_table(folder / "index.csv", index)
+    values = np.load(folder / "features.npy", mmap_mode="r")
+    index = pd.read_csv(folder / "index.csv", dtype={"study_id": str, "series_id": str})
+    return Features(values.reshape(len(index), -1), index)
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+
+def bags_of(found: Data, features: Features) -> dict[str, np.ndarray]:
+    """List each study's rows of the features, of the modality that each condition is paired with."""
+    ids = found.studies["study_id"].to_numpy()
+    bags = {name: embeddings.bag_rows(features.index, ids, data.PAIRED[name]) for name in CONDITIONS}
+    longest = max(rows.shape[1] for rows in bags.values())
+    return {
+        name: np.pad(rows, ((0, 0), (0, longest - rows.shape[1])), constant_values=-1) for name, rows in bags.items()
+    }
+
+
+def average(config: Config, features: Features, bags: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Average each study's vectors of the paired modality, projected to `projection` numbers.
+
+    Returns:
+        Condition -> float32 array (num_studies, width); NaN where a study has no such series.
+    """
+    means = {name: embeddings.bag_average(features.values, rows) for name, rows in bags.items()}
+    return {name: embeddings.project(each, config.projection, seed=config.seed) for name, each in means.items()}
+
+
+def attend(
+    config: Config,
+    found: Data,
+    features: Features,
+    bags: Mapping[str, np.ndarray],
+    part: Part,
+    *,
+    name: str,
+    run: Path,
+) -> Attended:
+    """Train attention over each condition's bags on a part's training studies, or read what an earlier call finished.
+
+    One network a part, whose three branches share nothing. A grade that is blank, or whose modality is missing, adds
+    nothing to the loss, and the part's asked studies are never shown to it.
+
+    Args:
+        config: the recipe.
+        found: of `read`.
+        features: of `encode`.
+        bags: of `bags_of`.
+        part: what to learn from.
+        name: of the embedding, such as "attention-gsl".
+        run: the run folder; the training goes to `variants/<name>-<part>`.
+    """
+    folder = runs.variant_folder(run, f"{name}-{part.name}")
+    if not (folder / "attended.npz").exists():
+        environment.fresh(config.seed)
+        rows = {BRANCHES[condition]: bags[condition] for condition in CONDITIONS}
+        model = _network(config, features, rows, part)
+        y = _targets(found, bags)
+        print(f"{folder.name}: {len(part.train)} studies to learn from", flush=True)
+        training.fit(
+            model,
+            lambda first: embeddings.bag_dataset(
+                features.values,
+                rows,
+                part.train,
+                y[part.train],
+                batch_size=config.batch_size,
+                seed=config.seed,
+                first_epoch=first,
+            ),
+            embeddings.bag_dataset(features.values, rows, part.valid, y[part.valid], batch_size=config.batch_size),
+            folder=folder,
+            steps_per_epoch=pipelines.steps_per_epoch(len(part.train), config.batch_size),
+            epochs=config.epochs,
+            loss=losses.GradedCrossentropy(grades.SAMPLE_WEIGHTS),
+            learning_rate=config.learning_rate,
+            schedule="cosine",
+            stop_patience=config.stop_patience,
+        )
+        _answer(model, features, rows, folder)
+    with np.load(folder / "attended.npz") as saved:
+        pooled, weights = (
+            {condition: saved[f"{BRANCHES[condition]}_{what}"] for condition in CONDITIONS}
+            for what in ("pooled", "weights")
+        )
+        return Attended(pooled, weights, saved["probabilities"], pd.read_csv(folder / "history.csv"), folder.name)
+
+
+def _network(config, features, rows, part) -> keras.Model:
+    """Build the attention network, each branch standardised by its training slices."""
+    moments = {}
+    for branch, bags in rows.items():
+        chosen = bags[part.train]
+        values = features.values[chosen[chosen >= 0]]
+        if len(values):
+            moments[branch] = values.mean(axis=0), values.var(axis=0)
+    return models.attention_classifier(
+        {BRANCHES[condition]: len(data.targets_of(condition)) for condition in CONDITIONS},
+        next(iter(rows.values())).shape[1],
+        features.values.shape[1],
+        width=config.attention_width,
+        units=config.attention_units,
+        dropout=config.dropout,
+        moments=moments,
+    )
+
+
+def _targets(found, bags) -> np.ndarray:
+    """Grades (num_studies, 25) in the order of the branches; NaN where blank or where the modality is missing."""
+    y = []
+    for condition in CONDITIONS:
+        known = found.studies[list(data.targets_of(condition))].to_numpy(np.float32)
+        y.append(np.where(bags[condition][:, :1] >= 0, known, np.float32(np.nan)))
+    return np.concatenate(y, axis=1)
+
+
+def _answer(model, features, rows, folder) -> None:
+    """Write what a trained network makes of every study: pooled vectors, weights of slices, probabilities."""
+    every = embeddings.bag_dataset(features.values, rows, np.arange(len(next(iter(rows.values())))))
+    found = {"probabilities": model.predict(every, verbose=0)}
+    for branch in rows:
+        found[f"{branch}_pooled"], found[f"{branch}_weights"] = models.attention_parts(model, branch).predict(
+            every, verbose=0
+        )
+    with runs.whole(folder / "attended.npz") as temporary:
+        np.savez(temporary, **found)
+
+
+def write_embedding(
+    found: Data, features: Features, bags: Mapping[str, np.ndarray], vectors: Mapping[str, np.ndarray], path: Path
+) -> pd.DataFrame:
+    """Write a study's vector of each modality as CSV: study_id, series_id ("+" between several), 0 … D − 1.
+
+    Args:
+        found: of `read`.
+        features, bags: that the vectors were made of.
+        vectors: condition -> array (num_studies, D).
+        path: the CSV.
+
+    Returns:
+        The first two columns, and the condition that each row's modality is paired with.
+    """
+    tables, numbers = [], []
+    series_ids = features.index["series_id"].to_numpy()
+    for condition, rows in bags.items():
+        has = np.flatnonzero(rows[:, 0] >= 0)
+        joined = ["+".join(dict.fromkeys(series_ids[bag[bag >= 0]])) for bag in rows[has]]
+        studies = found.studies["study_id"].to_numpy()[has]
+        tables.append(pd.DataFrame({"study_id": studies, "series_id": joined, "condition": condition}))
+        numbers.append(vectors[condition][has])
+    index = pd.concat(tables, ignore_index=True)
+    if not path.exists():
+        embeddings.write(path, index[["study_id", "series_id"]], np.concatenate(numbers))
+    return index
+
+
+def slice_weights(found: Data, features: Features, bags: Mapping[str, np.ndarray], attended: Attended) -> pd.DataFrame:
+    """Lay the attention's weights out, a row a slice (or depth position) of the paired modality.
+
+    Returns:
+        DataFrame: condition, study (position in the studies), study_id, series_id, position, weight; weights of a study
+        sum to 1.
+    """
+    tables = []
+    for condition, rows in bags.items():
+        study, place = np.nonzero(rows >= 0)
+        table = features.index.iloc[rows[study, place]][["study_id", "series_id", "position"]].reset_index(drop=True)
+        table.insert(0, "study", study)
+        table.insert(0, "condition", condition)
+        tables.append(table.assign(weight=attended.weights[condition][study, place]))
+    return pd.concat(tables, ignore_index=True)
+
+
+def embed_all(
+    config: Config, found: Data, parts: Sequence[Part], *, run: Path
+) -> tuple[dict[tuple[str, str, str], dict[str, np.ndarray]], dict[tuple[str, str, str], Attended]]:
+    """Make every embedding of every part.
+
+    Attention is trained anew for each part, so that no embedding knows the grades of the studies it is judged by; means
+    are the same in all parts.
+
+    Returns:
+        dict (method, normalisation, part) -> condition -> vectors (num_studies, width); and, of the methods with
+        attention, dict of the same keys -> `Attended`.
+    """
+    vectors, attended = {}, {}
+    for normalisation in config.normalisations:
+        for method in config.methods:
+            features = encode(config, found, parts[0], method, normalisation, run=run)
+            bags = bags_of(found, features)
+            name = f"{method}-{normalisation}"
+            means = average(config, features, bags) if method == AVERAGE else None
+            for part in parts:
+                key = (method, normalisation, part.name)
+                if method == AVERAGE:
+                    vectors[key] = means
+                else:
+                    attended[key] = attend(config, found, features, bags, part, name=name, run=run)
+                    vectors[key] = attended[key].pooled
+            path = run / "embeddings" / f"{name}.csv"
+            write_embedding(found, features, bags, vectors[method, normalisation, TEST], path)
+    return vectors, attended
+
+
+def weights_of(
+    config: Config, found: Data, part: Part, method: str, normalisation: str, attended: Attended, *, run: Path
+) -> pd.DataFrame:
+    """Return `slice_weights` of an embedding that `embed_all` made."""
+    features = encode(config, found, part, method, normalisation, run=run)
+    return slice_weights(found, features, bags_of(found, features), attended)
+
+
+def model_path(config: Config, attended: Mapping[tuple[str, str, str], Attended], chosen: Sequence[str] = ()) -> str:
+    """Name the attention network of the test part that stands for the run: the chosen embedding's, else the first.
+
+    Returns:
+        Path in the run folder, "" where no embedding has attention.
+    """
+    tested = {key[:2]: each for key, each in attended.items() if key[2] == TEST}
+    if not tested:
+        return ""
+    own = tested.get(tuple(chosen[:2]), next(iter(tested.values())))
+    return f"variants/{own.folder}/model.keras"
+
+
+def keep(
+    config: Config,
+    answers: pd.DataFrame,
+    attended: Mapping[tuple[str, str, str], Attended],
+    chosen: Sequence[str],
+    *,
+    run: Path,
+) -> None:
+    """Put what stands for the run on top of its folder: predictions.csv, history.csv and, with attention, model.keras.
+
+    The predictions are the chosen point's. Classifiers that are no networks are not saved: a file of them would have to
+    be unpickled, which runs whatever it says. Fitting one anew on the saved embeddings takes seconds.
+
+    Args:
+        config: the recipe.
+        answers: of the chosen point.
+        attended: of `embed_all`.
+        chosen: embedding, normalisation, sampling and classifier.
+        run: the run folder.
+    """
+    runs.write_table(run / "predictions.csv", answers.assign(variant=" ".join(chosen)))
+    histories = [each.history.assign(training=each.folder) for each in attended.values()]
+    if histories:
+        runs.write_table(run / "history.csv", pd.concat(histories))
+        with runs.whole(run / "model.keras") as temporary:
+            shutil.copyfile(run / model_path(config, attended, chosen), temporary)
+
+
+def receipts(run: Path) -> pd.DataFrame:
+    """Say of each encoder where its weights came from, how many tensors matched, and their share (NaN without a file).
+
+    Returns:
+        DataFrame: encoder, weights, matched, share.
+    """
+    found = {path.stem: runs.read_json(path) for path in sorted((run / "encoders").glob("*.json"))}
+    rows = [(name, each["source"], len(each["matched"]), each["share"]) for name, each in found.items()]
+    return pd.DataFrame(rows, columns=["encoder", "weights", "matched", "share"])

@@ -311,9 +311,8 @@ def attention_classifier(
 
     A branch, such as a condition read off one kind of series, has layers of its own and shares none; NAME is its name:
 
-        NAME_moments  only with moments: each feature standardised by its own
-        NAME_norm     layer normalisation of each slice: one of large features would outshout the others in any mean,
-                      and attention learn nothing
+        NAME_norm     layer normalisation of each slice; or, with moments, each feature standardised by its own and
+                      divided by √D, so that a usual slice has length 1, an outstanding one more, and no gate saturates
         NAME_thinned  dropout of features, the same in all slices of a row
         NAME_embed    Dense(width, relu) of each slice
         NAME_pooled   gated attention over the slices that are there: the embedding (batch, width), and the weights
@@ -367,8 +366,9 @@ def attention_classifier(
         x = ops.where(ops.expand_dims(mask, -1), slices, ops.zeros_like(slices))
         if moments and branch in moments:
             mean, variance = (np.asarray(each, "float32") for each in moments[branch])
-            x = layers.Normalization(mean=mean, variance=variance, name=f"{branch}_moments")(x)
-        x = layers.LayerNormalization(name=f"{branch}_norm")(x)
+            x = layers.Normalization(mean=mean, variance=variance * num_features, name=f"{branch}_norm")(x)
+        else:
+            x = layers.LayerNormalization(name=f"{branch}_norm")(x)
         x = layers.SpatialDropout1D(dropout, name=f"{branch}_thinned")(x)
         x = layers.Dense(width, activation="relu", name=f"{branch}_embed")(x)
         x, _ = GatedAttentionPooling(units, return_weights=True, name=f"{branch}_pooled")([x, mask])

@@ -434,9 +434,9 @@ def test_attention_classifier_unfit_arguments_are_refused(arguments, options, me
 def test_attention_classifier_with_moments_standardises_each_feature_and_round_trips(tmp_path):
     moments = {"canal": (np.array([1.0, -2.0]), np.array([4.0, 0.25]))}
     model = models.attention_classifier({"canal": 2, "foraminal": 1}, 3, 2, width=4, units=2, moments=moments)
-    standardised = model.get_layer("canal_moments")(np.array([[[3.0, -1.5]]], np.float32))
-    np.testing.assert_allclose(standardised, [[[1.0, 1.0]]], rtol=1e-6)
-    assert "foraminal_moments" not in {layer.name for layer in model.layers}
+    standardised = model.get_layer("canal_norm")(np.array([[[3.0, -1.5]]], np.float32))
+    np.testing.assert_allclose(standardised, [[[0.5**0.5, 0.5**0.5]]], rtol=1e-6)  # one deviation each, over √2
+    assert isinstance(model.get_layer("foraminal_norm"), keras.layers.LayerNormalization)
     rng = np.random.default_rng(0)
     inputs = {f"{name}_slices": rng.normal(size=(2, 3, 2)).astype(np.float32) for name in ("canal", "foraminal")}
     inputs |= {f"{name}_mask": np.array([[1, 1, 0], [1, 0, 0]], bool) for name in ("canal", "foraminal")}

@@ -306,9 +306,11 @@ def data_table(system, part, by_study, out, data_root):
     if module.folder(root) is None:
         raise click.UsageError(f"no {system} data under {root}; expected {module.LAYOUT}.")
     part = part or parts[0]
-    table = _usage(module.read, root, part)
-    if by_study:
-        table = _usage(studies.table, table, module.CLASS_NAMES[part])
+    if by_study and hasattr(module, "read_studies"):  # whose labels are of the study to begin with
+        table = _usage(module.read_studies, root)
+    else:
+        table = _usage(module.read, root, part)
+        table = _usage(studies.table, table, module.CLASS_NAMES[part]) if by_study else table
     runs.write_table(out, table)
     click.echo(f"{len(table)} {'studies' if by_study else 'images'} of {system}, written to {out}")
 
@@ -408,6 +410,11 @@ def predict(system, path, run_, out, models_root):
     _usage(datasets.reader, system)
     environment.setup(seed=0)
     recipe = importlib.import_module(f"kerasmed.systems.{system}")
+    if not hasattr(recipe, "predict"):
+        raise click.UsageError(
+            f"{system} has no prediction of raw files: its models answer from the series of a whole study. Lay the "
+            f"studies out as its data are, and run {recipe.NOTEBOOK} on them."
+        )
     folder = _usage(runs.find, system, recipe.NOTEBOOK, run=run_, models_root=models_root)
     if runs.read_json(folder / "environment.json")["data_source"] == "synthetic":
         click.secho(

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kerasmed import audit, classifiers, datasets, metrics, notebooks, runs
+from kerasmed import audit, classifiers, datasets, environment, metrics, notebooks, runs
 from kerasmed.datasets import lumbar as data
 from kerasmed.embeddings import Features
 from kerasmed.parameters import names_of
@@ -586,3 +586,63 @@ def test_smoke_run_makes_all_embeddings_the_grid_and_no_identifier(tmp_path, mon
     for path in [*run.rglob("*"), *(tmp_path / "cache").rglob("*")]:
         if path.is_file() and path.suffix != ".dcm":
             assert b"SYNTHETIC^" not in path.read_bytes(), path
+
+
+@pytest.mark.slow
+def test_shuffled_grades_of_many_studies_are_not_told_by_any_point_of_the_grid(tmp_path):
+    """Attention, sampling, scaling, calibration and classifiers see nothing of the studies that they are asked."""
+    found = _found(1200)
+    columns = list(data.TARGETS)
+    shuffled = found.studies[columns].to_numpy()[np.random.default_rng(7).permutation(1200)]
+    features = _features(found, width=32)  # which tell the grades before they are shuffled
+    found = found._replace(studies=found.studies.assign(**dict(zip(columns, shuffled.T))))
+    parts = _parts(found, folds=2)
+    bags = embedded.bags_of(found, features)
+    config = _config(attention_width=16, attention_units=8, epochs=4, learning_rate=0.01, projection=16)
+    vectors, attended = {}, {}
+    for part in parts:
+        options = {"name": "attention-gsl", "run": tmp_path}
+        attended["attention", "gsl", part.name] = embedded.attend(config, found, features, bags, part, **options)
+        vectors["attention", "gsl", part.name] = attended["attention", "gsl", part.name].pooled
+        vectors["average", "gsl", part.name] = embedded.average(config, features, bags)
+    asked = grid.questions(found, parts)
+    keys = grid.points(["average", "attention"], ["gsl"], ["none", "weighted", "smote"], ["svc", "lightgbm"])
+    answers = grid.fit(asked, keys, vectors, run=tmp_path, progress=False) | grid.own_answers(asked, attended)
+    table = grid.table_of(grid.score(answers, num_draws=2, seed=0))
+    assert len(table) == 6 * 13
+    means = table.groupby(["split", *grid.FACTORS])["macro_auroc"].mean()
+    assert (means - 0.5).abs().max() < 0.05, means
+
+
+@pytest.mark.slow
+def test_demo_embeddings_grade_unseen_studies_below_the_ceiling_and_attention_finds_the_slices(tmp_path):
+    root = datasets.write_synthetic("lumbar", tmp_path / "set")
+    parameters = notebooks.resolve(notebooks.describe(NOTEBOOK), profile="demo", given={"methods": ["attention"]})
+    config = Config(**{name: parameters[name] for name in names_of(Config)})
+    source = datasets.Source(root, "synthetic")
+    names = ("image_size", "normalisations", "window", "max_quarantined_share")
+    found = shared.read(source, **{name: parameters[name] for name in names})
+    parts = shared.split(
+        found.studies, test_share=0.2, folds=3, valid_share=config.valid_share, seed=0, with_folds=False
+    )
+    environment.setup(seed=0)
+    vectors, attended = embedded.embed_all(config, found, parts, run=tmp_path / "run")
+    asked = grid.questions(found, parts)
+    key = ("attention", "gsl", "weighted", "svc")
+    answers = grid.fit(asked, [key], vectors, run=tmp_path / "run", progress=False)
+    answers |= grid.baselines(found, asked)
+    rows = [row for row in grid.evaluate(answers, [key], num_draws=200, seed=0) if row["variant"] == " ".join(key)]
+    of_auroc = [row for row in rows if row["metric"] == "macro_auroc"]
+    assert np.mean([row["value"] for row in of_auroc]) > 0.8
+    assert all(row["baseline"]["difference_ci95"][0] > 0.05 for row in of_auroc)
+    ceiling = datasets.truth("lumbar", source)["ceiling"]
+    for row in of_auroc:
+        low, high = row["ci95"]
+        # Three standard errors, a quarter of the interval's width each: more could only be a leak.
+        assert row["value"] < ceiling[row["task"]]["grade"] + 3 * (high - low) / 4
+    (looked,) = attended.values()
+    weights = embedded.weights_of(config, found, parts[0], "attention", "gsl", looked, run=tmp_path / "run")
+    hits = results.top_slices(weights, shared.truth_of_slices(source, found), parts[0].asked)
+    assert len(hits) > 60 and hits["top"].mean() > 0.7
+    of_condition = hits.groupby("condition")[["top", "chance"]].mean()
+    assert (of_condition["top"] > of_condition["chance"] + 0.2).all()

@@ -7,7 +7,6 @@ vector does not depend on its neighbours in the batch.
 """
 
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +14,9 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from kerasmed import images, pipelines, runs
+from kerasmed import progress as bars
 
 SHARD_SLICES = 2048
 SHARD_VOLUMES = 64
@@ -161,9 +160,7 @@ def _encode(encoder, gather, count, shard_rows, folder, batch_size, progress) ->
         building.mkdir(parents=True, exist_ok=True)
         firsts = range(0, count, shard_rows)
         shards = [building / f"{first:09d}.npy" for first in firsts]
-        with tqdm(
-            total=count, desc="encode", file=sys.stdout, disable=not progress, mininterval=1, ascii=True, ncols=80
-        ) as bar:
+        with bars.bar(count, "encode", shown=progress) as bar:
             for first, shard in zip(firsts, shards):
                 last = min(first + shard_rows, count)
                 if not shard.exists():

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import joblib
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from kerasmed import datasets, dicom, images, paths, runs
+from kerasmed import progress as bars
 
 SHARD_ROWS = 256
 _CONTENT = 2  # what a store holds; to be raised when that changes
@@ -138,17 +138,8 @@ def _build(target, image_paths, root, image_size, options, jobs, progress):
     done = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator_unordered")(
         joblib.delayed(decode_shard)(shard, root, part, image_size, options) for shard, part in missing
     )
-    with tqdm(
-        total=len(image_paths),
-        initial=len(image_paths) - sum(len(part) for _, part in missing),
-        unit="image",
-        desc="decode",
-        file=sys.stdout,
-        disable=not progress,
-        mininterval=1,
-        ascii=True,
-        ncols=80,
-    ) as bar:
+    finished = len(image_paths) - sum(len(part) for _, part in missing)
+    with bars.bar(len(image_paths), "decode", unit="image", done=finished, shown=progress) as bar:
         for count in done:
             bar.update(count)
     _assemble(target, building, shards, image_paths, image_size)
@@ -467,9 +458,7 @@ def predict_files(
     """
     root, names = datasets.image_files(path)
     tables = []
-    with tqdm(
-        total=len(names), unit="image", desc="predict", disable=not progress, mininterval=1, ascii=True, ncols=80
-    ) as bar:
+    with bars.bar(len(names), "predict", unit="image", shown=progress, file=sys.stderr) as bar:
         for pixels, reasons in decode_stream(root, names, image_size=image_size, read_options=read_options):
             readable = reasons == ""
             first = sum(map(len, tables))

@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +17,9 @@ import cv2
 import joblib
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from kerasmed import dicom, paths, runs
+from kerasmed import progress as bars
 
 NORMALISATIONS = ("gsl", "hist")
 PERCENTILES = (0.5, 99.5)  # of a series' values: what gsl shows black and white
@@ -389,17 +388,8 @@ def _build(target, asked, root, files, image_size, normalisations, window, jobs,
         )
         for row in missing
     )  # fmt: skip
-    with tqdm(
-        total=len(notes),
-        initial=len(notes) - len(missing),
-        unit="series",
-        desc="convert",
-        file=sys.stdout,
-        disable=not progress,
-        mininterval=1,
-        ascii=True,
-        ncols=80,
-    ) as bar:
+    finished = len(notes) - len(missing)
+    with bars.bar(len(notes), "convert", unit="series", done=finished, shown=progress) as bar:
         for _ in done:
             bar.update()
     _write_tables(target, asked, [runs.read_json(note) for note in notes])

@@ -18,6 +18,7 @@ LAYERS = {
     "runs": 0,
     "manifest": 0,
     "parameters": 0,
+    "progress": 0,
     "dicom": 1,
     "images": 1,
     "series": 1,

@@ -1,6 +1,5 @@
 """Notebook 02_lumbar_embeddings: classifiers over embeddings, each fitted on training studies alone."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import NamedTuple
 import joblib
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from kerasmed import classifiers, grades, metrics, runs
+from kerasmed import progress as bars
 from kerasmed.datasets import lumbar as data
 from kerasmed.systems.lumbar.shared import (
     CONDITIONS,
@@ -151,9 +150,7 @@ def fit(
         _delayed(key, question, vectors, seed) for key, question in tasks
     )
     answers: list[pd.DataFrame] = []
-    with tqdm(
-        total=len(tasks), desc="classifiers", file=sys.stdout, disable=not progress, mininterval=1, ascii=True, ncols=80
-    ) as bar:
+    with bars.bar(len(tasks), "classifiers", shown=progress) as bar:
         for (key, question), probabilities in zip(tasks, told):
             answers.append(answered(question, probabilities))
             bar.update(1)

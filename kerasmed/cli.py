@@ -312,7 +312,8 @@ def data_table(system, part, by_study, out, data_root):
         table = _usage(module.read, root, part)
         table = _usage(studies.table, table, module.CLASS_NAMES[part]) if by_study else table
     runs.write_table(out, table)
-    click.echo(f"{len(table)} {'studies' if by_study else 'images'} of {system}, written to {out}")
+    what = "studies" if by_study else "series" if "series_id" in table else "images"
+    click.echo(f"{len(table)} {what} of {system}, written to {out}")
 
 
 @main.command()

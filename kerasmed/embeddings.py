@@ -7,7 +7,7 @@ vector does not depend on its neighbours in the batch.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +61,8 @@ def calibrate(model: keras.Model, pictures: np.ndarray, *, batch_size: int = 64)
 
 def encode_slices(
     encoder: keras.Model,
-    volumes: Sequence[np.ndarray],
+    depths: Sequence[int],
+    load: Callable[[int], np.ndarray],
     folder: Path,
     *,
     batch_size: int = 64,
@@ -73,7 +74,9 @@ def encode_slices(
 
     Args:
         encoder: uint8 (batch, height, width, 1) -> (batch, num_features).
-        volumes: uint8 (depth, height, width) each, such as memory maps; sizes alike but for the depth.
+        depths: slices of each series.
+        load: function of a position among the series -> uint8 (depth, height, width); sizes alike but for the depth.
+            It is asked when a series' turn comes: of thousands of memory maps, few are open at a time.
         folder: where `features.npy` goes; one that is there is opened. Name it by all that determines the features.
         batch_size: slices at once.
         progress: show a bar.
@@ -84,19 +87,21 @@ def encode_slices(
     Raises:
         ValueError: no series.
     """
-    ends = np.cumsum([len(volume) for volume in volumes])
+    ends = np.cumsum(depths)
 
     def gather(first, last):
         begin, end = np.searchsorted(ends, [first, last - 1], side="right")
-        start = ends[begin] - len(volumes[begin])
-        return np.concatenate(volumes[begin : end + 1])[first - start : last - start, ..., None]
+        start = ends[begin] - depths[begin]
+        slices = np.concatenate([np.array(load(int(row))) for row in range(begin, end + 1)])
+        return slices[first - start : last - start, ..., None]
 
     return _encode(encoder, gather, int(ends[-1]) if len(ends) else 0, SHARD_SLICES, folder, batch_size, progress)
 
 
 def encode_volumes(
     encoder: keras.Model,
-    volumes: Sequence[np.ndarray],
+    num_volumes: int,
+    load: Callable[[int], np.ndarray],
     folder: Path,
     *,
     batch_size: int = 4,
@@ -106,7 +111,8 @@ def encode_volumes(
 
     Args:
         encoder: uint8 (batch, depth, height, width, 1) -> (batch, positions, num_features).
-        volumes, folder, progress: as of `encode_slices`.
+        num_volumes: how many series.
+        load, folder, progress: as of `encode_slices`.
         batch_size: volumes at once.
 
     Returns:
@@ -118,10 +124,10 @@ def encode_volumes(
     shape, positions = encoder.input_shape[1:4], encoder.output_shape[1]
 
     def gather(first, last):
-        return np.stack([resample(volume, shape) for volume in volumes[first:last]])[..., None]
+        return np.stack([resample(load(row), shape) for row in range(first, last)])[..., None]
 
-    values = _encode(encoder, gather, len(volumes), SHARD_VOLUMES, folder, batch_size, progress)
-    return values.reshape(len(volumes) * positions, -1)
+    values = _encode(encoder, gather, num_volumes, SHARD_VOLUMES, folder, batch_size, progress)
+    return values.reshape(num_volumes * positions, -1)
 
 
 def resample(volume: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One kind of progress bar for all that takes long: plain characters, at most a line a second, in notebooks and logs."""
+"""One kind of progress bar for all that takes long: plain characters, at most a line a second, also in logs."""
 
 import sys
 

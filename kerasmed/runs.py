@@ -28,6 +28,7 @@ from kerasmed import paths
 
 # Where things lie is no part of what a run computes.
 LOCATION_PARAMETERS = ("data_root", "models_root")
+WEIGHT_SUFFIXES = (".keras", ".h5", ".npz", ".pth")
 KEY_DIGITS = 10
 
 
@@ -145,7 +146,7 @@ def key(notebook: str, parameters: Mapping, fingerprint: str) -> str:
         "parameters": kept,
     }
     # A file of weights may hold others tomorrow.
-    files = {name: Path(value) for name, value in kept.items() if str(value).endswith((".keras", ".h5"))}
+    files = {name: Path(value) for name, value in kept.items() if str(value).endswith(WEIGHT_SUFFIXES)}
     for name, path in files.items():
         if path.is_file():
             with open(path, "rb") as file:

@@ -27,6 +27,7 @@ COLUMNS = ("study_id", "series_id", "modality", "series_path")  # of a manifest
 # A change of what is written must not take another's arrays for its own.
 _MAKERS = hashlib.sha256(b"".join(Path(each).read_bytes() for each in (dicom.__file__, __file__))).hexdigest()[:16]
 _SYSTEM_REFUSED = "system refused:"
+_NO_DECODER = "the extra `dicom` installs further ones"  # how `dicom` ends a reason that another decoder may mend
 _MIN_AGREEMENT = 0.7  # length of the mean normal: slices turned by 45° either way still make one stack
 _WORDS = dict.fromkeys(("study_id", "series_id", "modality", "file", "path", "reason", "manufacturer", "sex"), str)
 
@@ -254,13 +255,18 @@ def convert(
     A series is decoded once. Its arrays are `<cache>/<fingerprint>/<normalisation>/<study>/<series>.npy`, its table
     rows `<cache>/<fingerprint>/series/<study>/<series>.json`; each is written whole, the rows last, so that a killed
     call goes on where it stopped. index.csv, written after all others, marks the end. The fingerprint covers the
-    manifest's columns, the names, sizes and modification times of all files, the options and the sources.
+    manifest's columns, the names, sizes and modification times of the series' files, the options and the sources.
+    Series with files that the system refused, or that no decoder at hand could read, are tried again by every call.
+
+    A series' files are the visible ones of its folder that end in one of `dicom.SUFFIXES`, in either case: copies such
+    as 1.dcm.bak, Thumbs.db and notes count nowhere. Where none ends so, all visible files are taken, as scanners may
+    name theirs anyhow.
 
     Work goes to processes: pydicom holds the interpreter's lock, and one file is read at a time in a process. A Dask
     backend set by the caller takes precedence.
 
     Args:
-        manifest: rows with `COLUMNS`; series_path is a folder, all of whose visible files are read.
+        manifest: rows with `COLUMNS`; series_path is a folder that holds one series.
         root: data root that the paths are relative to.
         image_size: (height, width) that slices are stretched or shrunk to, by area; their aspect ratio is not kept.
         normalisations: of `NORMALISATIONS`, see `normalise`; window likewise.
@@ -282,7 +288,7 @@ def convert(
     files = [_files(root / row.series_path) for row in asked.itertuples()]
     options = (tuple(image_size), sorted(normalisations), bool(window))
     target = paths.cache_root() / _fingerprint(asked, files, options)
-    if not (target / "index.csv").exists() or _refused(_read_csv(target / "quarantine.csv")["reason"]).any():
+    if not (target / "index.csv").exists() or any(map(_may_pass, _read_csv(target / "quarantine.csv")["reason"])):
         (target / "index.csv").unlink(missing_ok=True)
         _build(target, asked, root, files, tuple(image_size), normalisations, window, jobs, progress)
     volumes = Volumes(
@@ -296,7 +302,10 @@ def convert(
 
 
 def load(volumes: Volumes, normalisation: str, row: int) -> np.ndarray:
-    """Open the array of a series, uint8 memory map (slices, height, width); `row` is a position in `volumes.table`."""
+    """Open the array of a series, uint8 memory map (slices, height, width); `row` is a position in `volumes.table`.
+
+    Each array that is kept holds a file open, of which systems often allow 1,024; keep copies of what is needed.
+    """
     if not (volumes.folder / normalisation).is_dir():
         written = [each for each in NORMALISATIONS if (volumes.folder / each).is_dir()]
         raise ValueError(f"{normalisation!r} was not written; `convert` was asked for {written}.")
@@ -337,10 +346,11 @@ def _asked(manifest) -> pd.DataFrame:
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and modification time of the visible files of a folder, in natural order; none where it is absent."""
+    """Name, size and modification time of a series' files, in natural order; none where the folder is absent."""
     try:
         with os.scandir(folder) as entries:
-            kept = [entry for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+            visible = [entry for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+            kept = [entry for entry in visible if entry.name.lower().endswith(dicom.SUFFIXES)] or visible
             states = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in kept]
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -354,9 +364,9 @@ def _fingerprint(asked, files, options) -> str:
     return digest.hexdigest()[:16]
 
 
-def _refused(reasons: pd.Series) -> pd.Series:
-    """Which reasons are none of the file: the cause may be gone next time, and no file shows it."""
-    return reasons.str.startswith(_SYSTEM_REFUSED)
+def _may_pass(reason: str) -> bool:
+    """Whether the cause may be gone next time though no file has changed: refused by the system, or no decoder."""
+    return reason.startswith(_SYSTEM_REFUSED) or reason.endswith(_NO_DECODER)
 
 
 def _read_csv(path) -> pd.DataFrame:
@@ -396,9 +406,7 @@ def _build(target, asked, root, files, image_size, normalisations, window, jobs,
 
 
 def _is_done(note: Path) -> bool:
-    return note.exists() and not any(
-        reason.startswith(_SYSTEM_REFUSED) for _, reason in runs.read_json(note)["quarantine"]
-    )
+    return note.exists() and not any(_may_pass(reason) for _, reason in runs.read_json(note)["quarantine"])
 
 
 def _convert_one(target, study_id, series_id, folder, names, image_size, normalisations, window) -> None:

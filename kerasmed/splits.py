@@ -1,5 +1,7 @@
 """Grouped, stratified splits: no patient, study or similarity group is ever cut."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
@@ -127,8 +129,12 @@ def folds(manifest: pd.DataFrame, class_names, *, num_folds: int = 5, seed: int 
     fold = np.zeros(len(manifest), int)
     # scikit-learn warns where a class has fewer images than folds; the folds are still the best there are.
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
-    for index, (_, held_out) in enumerate(splitter.split(labels, _strata(labels), manifest["group_id"].astype(str))):
-        fold[held_out] = index
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class in y", UserWarning)
+        for index, (_, held_out) in enumerate(
+            splitter.split(labels, _strata(labels), manifest["group_id"].astype(str))
+        ):
+            fold[held_out] = index
     return fold
 
 

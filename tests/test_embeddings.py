@@ -21,6 +21,11 @@ def _volumes(depths, size=(8, 8), seed=0):
     return [rng.integers(0, 256, (depth, *size), dtype=np.uint8) for depth in depths]
 
 
+def _given(volumes):
+    """Depths, and the function that loads a series."""
+    return [len(volume) for volume in volumes], volumes.__getitem__
+
+
 def _expected(volumes):
     slices = np.concatenate(volumes).astype(float)
     return np.stack([slices.mean(axis=(1, 2)), (slices**2).mean(axis=(1, 2))], axis=1)
@@ -29,7 +34,7 @@ def _expected(volumes):
 def test_encode_slices_series_of_unlike_depths_gives_a_row_a_slice_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "SHARD_SLICES", 4)  # shards that end within series
     volumes = _volumes((3, 1, 7, 2))
-    values = embeddings.encode_slices(_encoder(), volumes, tmp_path, batch_size=3, progress=False)
+    values = embeddings.encode_slices(_encoder(), *_given(volumes), tmp_path, batch_size=3, progress=False)
     assert values.shape == (13, 2) and values.dtype == np.float32
     np.testing.assert_allclose(values, _expected(volumes), rtol=1e-5)
 
@@ -48,28 +53,28 @@ def test_encode_slices_killed_call_goes_on_with_what_is_missing(tmp_path, monkey
 
     monkeypatch.setattr(encoder, "predict", counted)
     with pytest.raises(KeyboardInterrupt):
-        embeddings.encode_slices(encoder, volumes, tmp_path, progress=False)
+        embeddings.encode_slices(encoder, *_given(volumes), tmp_path, progress=False)
     assert not (tmp_path / "features.npy").exists()
     asked.clear()
     monkeypatch.setattr(encoder, "predict", lambda slices, **options: (asked.append(len(slices)), predict(slices))[1])
-    values = embeddings.encode_slices(encoder, volumes, tmp_path, progress=False)
+    values = embeddings.encode_slices(encoder, *_given(volumes), tmp_path, progress=False)
     assert asked == [4, 1]
     np.testing.assert_allclose(values, _expected(volumes), rtol=1e-5)
     asked.clear()
-    embeddings.encode_slices(encoder, volumes, tmp_path, progress=False)
+    embeddings.encode_slices(encoder, *_given(volumes), tmp_path, progress=False)
     assert asked == [] and [path.name for path in tmp_path.iterdir()] == ["features.npy"]
 
 
 def test_encode_slices_of_no_series_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no series to encode"):
-        embeddings.encode_slices(_encoder(), [], tmp_path)
+        embeddings.encode_slices(_encoder(), *_given([]), tmp_path)
 
 
 def test_encode_slices_values_that_are_not_finite_are_refused(tmp_path):
     encoder = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten(), keras.layers.Dense(2)])
     encoder.layers[-1].set_weights([np.full((16, 2), np.inf), np.zeros(2)])
     with pytest.raises(FloatingPointError, match="not finite"):
-        embeddings.encode_slices(encoder, [np.ones((2, 4, 4), np.uint8)], tmp_path, progress=False)
+        embeddings.encode_slices(encoder, *_given([np.ones((2, 4, 4), np.uint8)]), tmp_path, progress=False)
     assert not (tmp_path / "features.npy").exists()
 
 
@@ -79,7 +84,7 @@ def test_encode_volumes_gives_a_row_a_depth_position(tmp_path):
     encoder = keras.Model(inputs, keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")(planes))
     flat = np.zeros((3, 2, 2), np.uint8)
     rising = np.repeat(np.arange(4, dtype=np.uint8) * 30, 4).reshape(4, 2, 2)
-    values = embeddings.encode_volumes(encoder, [flat, rising], tmp_path, progress=False)
+    values = embeddings.encode_volumes(encoder, 2, [flat, rising].__getitem__, tmp_path, progress=False)
     assert values.ravel().tolist() == [0, 0, 0, 0, 0, 120, 240, 360]
 
 
@@ -124,8 +129,8 @@ def test_encode_slices_does_not_depend_on_the_other_slices_of_a_batch(tmp_path):
     encoder, _ = backbones.build("ResNet50", (32, 32), weights="none")
     volumes = _volumes((3, 2), (32, 32))
     embeddings.calibrate(encoder, np.concatenate(volumes)[..., None], batch_size=5)
-    together = embeddings.encode_slices(encoder, volumes, tmp_path / "a", batch_size=5, progress=False)
-    alone = embeddings.encode_slices(encoder, volumes[1:], tmp_path / "b", batch_size=1, progress=False)
+    together = embeddings.encode_slices(encoder, *_given(volumes), tmp_path / "a", batch_size=5, progress=False)
+    alone = embeddings.encode_slices(encoder, *_given(volumes[1:]), tmp_path / "b", batch_size=1, progress=False)
     # Kernels for one picture and for five add up in another order, through fifty layers of random weights.
     np.testing.assert_allclose(together[3:], alone, atol=0.01)
     assert np.abs(np.asarray(encoder(volumes[1][..., None], training=True)) - alone).max() > 0.1
@@ -215,7 +220,7 @@ def test_encode_slices_in_batches_is_four_times_as_fast_as_slice_by_slice(tmp_pa
     batched, arrays, single = [], [], []
     for number in range(5):
         began = time.perf_counter()
-        embeddings.encode_slices(encoder, volumes, tmp_path / str(number), batch_size=64, progress=False)
+        embeddings.encode_slices(encoder, *_given(volumes), tmp_path / str(number), batch_size=64, progress=False)
         batched.append((time.perf_counter() - began) / count)
         began = time.perf_counter()
         encoder.predict(ready, batch_size=64, verbose=0)

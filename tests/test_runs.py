@@ -32,12 +32,13 @@ def _row(**changes):
     } | changes
 
 
-def test_key_changes_with_the_content_of_a_file_of_weights(tmp_path):
-    parameters = {"weights": str(tmp_path / "model.keras")}
+@pytest.mark.parametrize("suffix", runs.WEIGHT_SUFFIXES)
+def test_key_changes_with_the_content_of_a_file_of_weights(suffix, tmp_path):
+    parameters = {"weights": str(tmp_path / f"model{suffix}")}
     absent = runs.key("07_brain_mri", parameters, "f")
     keys = []
     for content in (b"one", b"other", b"one"):
-        (tmp_path / "model.keras").write_bytes(content)
+        (tmp_path / f"model{suffix}").write_bytes(content)
         keys.append(runs.key("07_brain_mri", parameters, "f"))
     assert keys[0] == keys[2] and len({absent, *keys}) == 3
 

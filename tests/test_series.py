@@ -4,6 +4,7 @@ import os
 import time
 import traceback
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -516,6 +517,63 @@ def test_convert_tries_again_what_the_system_refused(spine, decoded, monkeypatch
     assert len(_convert(spine).table) == 3 and len(decoded) == 12
 
 
+@pytest.mark.parametrize("words", ["no decoder for DICOM pixels in", "or such as the decoders at hand do not know"])
+def test_convert_tries_again_what_no_decoder_could_read(spine, decoded, monkeypatch, words):
+    # One file of series 72 is of a compression for which there is no decoder at first, or none that knows its kind.
+    path = spine[0] / spine[1]["series_path"][1] / "2.dcm"
+    data_set = pydicom.dcmread(path)
+    data_set.compress(uid.RLELossless)
+    data_set.save_as(path)
+    pixel_array = pydicom.pixels.pixel_array
+
+    def decode(data_set, **options):
+        if data_set.file_meta.TransferSyntaxUID == uid.RLELossless:
+            raise RuntimeError
+        return pixel_array(data_set, **options)
+
+    with monkeypatch.context() as lacking:
+        if words.startswith("no decoder"):
+            decoder = get_decoder(uid.RLELossless)
+            lacking.setattr(type(decoder), "is_available", property(lambda other: other is not decoder))
+        else:
+            lacking.setattr(pydicom.pixels, "pixel_array", decode)
+        before = _convert(spine, max_quarantined_share=1)
+    (reason,) = before.quarantine["reason"]
+    assert words in reason and before.table["slices"].tolist() == [5, 2, 4] and len(decoded) == 12
+    after = _convert(spine)
+    assert decoded[12:] == ["1.dcm", "2.dcm", "3.dcm"]  # of series 72 alone
+    assert after.folder == before.folder and after.quarantine.empty and after.table["slices"].tolist() == [5, 3, 4]
+    assert len(series.load(after, "gsl", 1)) == 3
+    _convert(spine)
+    assert len(decoded) == 15
+
+
+def test_convert_takes_files_by_suffix(spine, decoded):
+    root, manifest = spine
+    folder = root / manifest["series_path"][0]
+    (folder / "2.dcm").rename(folder / "2.DCM")
+    (folder / "3.dcm").rename(folder / "3.Dicom")
+    before = _convert(spine)
+    (folder / "1.dcm.bak").write_bytes((folder / "1.dcm").read_bytes())
+    for name in ("Thumbs.db", "notes.txt", "dcm"):
+        (folder / name).write_text("no picture")
+    after = _convert(spine, max_quarantined_share=0)
+    assert after.slices["file"].tolist()[:5] == ["1.dcm", "2.DCM", "3.Dicom", "4.dcm", "5.dcm"]
+    assert after.quarantine.empty and after.folder == before.folder and len(decoded) == 12
+
+
+def test_convert_takes_all_visible_files_where_none_has_the_suffix(spine):
+    root, manifest = spine
+    folder = root / manifest["series_path"][0]
+    for number in range(1, 6):
+        (folder / f"{number}.dcm").rename(folder / (f"IM{number}" if number < 5 else "1.2.840.5"))
+    (folder / ".1.dcm").write_bytes((folder / "IM1").read_bytes())
+    (folder / "notes.txt").write_text("no picture")
+    volumes = _convert(spine, max_quarantined_share=0.1)
+    assert volumes.slices["file"].tolist()[:5] == ["IM1", "IM2", "IM3", "IM4", "1.2.840.5"]
+    assert volumes.quarantine["path"].tolist() == [f"{manifest['series_path'][0]}/notes.txt"]
+
+
 def test_convert_of_slices_of_different_sizes_brings_them_to_one(tmp_path, rng):
     for at, size in enumerate([(12, 10), (30, 31), (5, 9)]):
         _write_series(tmp_path / "a", [np.full(size, 100 * at, np.uint16)], names=[f"{at}.dcm"], numbers=[at],
@@ -560,6 +618,27 @@ def test_middle_is_the_middle_slice(spine):
     for row, at in enumerate((2, 1, 2)):
         want = cv2.resize(np.array(series.load(volumes, "gsl", row)[at]), (6, 8), interpolation=cv2.INTER_AREA)
         np.testing.assert_array_equal(got[row], want)
+
+
+def test_middle_holds_few_files_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    with open(os.devnull) as lowest:
+        limit = lowest.fileno() + 24  # a new descriptor is the lowest that is free, and less than the limit
+    names = [str(number) for number in range(2 * limit)]
+    volumes = series.Volumes(tmp_path, pd.DataFrame({"study_id": "7", "series_id": names}), None, None)
+    (tmp_path / "gsl/7").mkdir(parents=True)
+    for number, name in enumerate(names):
+        np.save(tmp_path / f"gsl/7/{name}.npy", np.full((3, 2, 2), number % 256, np.uint8))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"), ExitStack() as stack:
+            for name in names:
+                stack.enter_context(open(tmp_path / f"gsl/7/{name}.npy", "rb"))
+        got = series.middle(volumes, "gsl", (2, 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    np.testing.assert_array_equal(got[:, 1, 1], np.arange(2 * limit) % 256)
 
 
 def test_convert_lets_no_identifier_out(tmp_path, rng, monkeypatch, caplog, capfd, recwarn):

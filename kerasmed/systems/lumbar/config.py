@@ -9,6 +9,7 @@ from kerasmed.parameters import refuse
 AVERAGE, ATTENTION, MEDICALNET = "average", "attention", "medicalnet"
 METHODS = (AVERAGE, ATTENTION, MEDICALNET)
 _SMALLEST_SIDE = 32
+_RESERVED = 16  # studies, whose slices give networks of random weights their batch statistics
 
 
 @dataclass(frozen=True)
@@ -100,3 +101,10 @@ class Config:
         refuse("weights_seconds", self.weights_seconds, self.weights_seconds > 0, "more than 0")
         refuse("stop_patience", self.stop_patience, self.stop_patience >= 0, "at least 0")
         refuse("max_quarantined_share", self.max_quarantined_share, 0 <= self.max_quarantined_share <= 1, "0 to 1")
+
+    @property
+    def reserved(self) -> int:
+        """Studies that no fold asks, where a network of random weights is fitted to the look of some."""
+        random = self.weights == "none" and bool({AVERAGE, ATTENTION} & set(self.methods))
+        random |= self.medicalnet_weights == "none" and MEDICALNET in self.methods
+        return _RESERVED if random else 0

@@ -1,5 +1,6 @@
 """Notebook 02_lumbar_embeddings: encoders, and embeddings of studies, by mean and by trained attention."""
 
+import functools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,9 +26,10 @@ from kerasmed import (
 from kerasmed.datasets import lumbar as data
 from kerasmed.embeddings import Features
 from kerasmed.systems.lumbar.config import ATTENTION, AVERAGE, MEDICALNET, Config
-from kerasmed.systems.lumbar.shared import BRANCHES, CONDITIONS, TEST, Data, Part
+from kerasmed.systems.lumbar.shared import BRANCHES, CONDITIONS, TEST, Data, Part, never_asked
 
 _CALIBRATION_SLICES, _CALIBRATION_VOLUMES = 1024, 32
+_LEAST_VARIANCE = 1e-3  # of a feature, over the mean of all
 
 
 class Attended(NamedTuple):
@@ -59,10 +61,10 @@ def find_weights(config: Config) -> None:
         )
 
 
-def slice_encoder(config: Config, found: Data, normalisation: str, part: Part) -> tuple[keras.Model, dict]:
+def slice_encoder(config: Config, found: Data, normalisation: str, parts: Sequence[Part]) -> tuple[keras.Model, dict]:
     """Build the network that encodes slices.
 
-    Random weights (`weights` none) get batch statistics from slices of the part's training studies.
+    Random weights (`weights` none) get batch statistics from slices of studies that no part asks.
 
     Returns:
         The model, and the receipt of its weights as a dict.
@@ -77,14 +79,14 @@ def slice_encoder(config: Config, found: Data, normalisation: str, part: Part) -
     )
     if receipt:
         return encoder, receipt.as_dict()
-    drawn = _drawn_rows(config, found, part, _CALIBRATION_SLICES // 8)
-    pictures = np.concatenate([series.load(found.volumes, normalisation, row) for row in drawn])
+    drawn = _drawn_rows(config, found, parts, _CALIBRATION_SLICES // 8)
+    pictures = np.concatenate([np.array(series.load(found.volumes, normalisation, row)) for row in drawn])
     chosen = np.random.default_rng(config.seed).permutation(len(pictures))[:_CALIBRATION_SLICES]
     embeddings.calibrate(encoder, pictures[chosen, ..., None])
-    return encoder, _random_receipt(config, f"batch statistics of {len(chosen)} training slices")
+    return encoder, _random_receipt(config, f"batch statistics of {len(chosen)} slices")
 
 
-def volume_encoder(config: Config, found: Data, normalisation: str, part: Part) -> tuple[keras.Model, dict]:
+def volume_encoder(config: Config, found: Data, normalisation: str, parts: Sequence[Part]) -> tuple[keras.Model, dict]:
     """Build the 3D network that encodes whole series; see `slice_encoder`."""
     environment.fresh(config.seed)
     encoder = medicalnet.build(config.medicalnet_depth, (*config.medicalnet_size, 1), pool="plane")
@@ -92,11 +94,11 @@ def volume_encoder(config: Config, found: Data, normalisation: str, part: Part) 
         state = medicalnet.read_state_dict(config.medicalnet_weights)
         options = {"min_share": config.min_matched_share, "source": str(config.medicalnet_weights)}
         return encoder, medicalnet.load(encoder, state, **options).as_dict()
-    drawn = _drawn_rows(config, found, part, _CALIBRATION_VOLUMES)
+    drawn = _drawn_rows(config, found, parts, _CALIBRATION_VOLUMES)
     volumes = [series.load(found.volumes, normalisation, row) for row in drawn]
     volumes = np.stack([embeddings.resample(volume, tuple(config.medicalnet_size)) for volume in volumes])
     embeddings.calibrate(encoder, volumes[..., None], batch_size=8)
-    return encoder, _random_receipt(config, f"batch statistics of {len(drawn)} training volumes")
+    return encoder, _random_receipt(config, f"batch statistics of {len(drawn)} volumes")
 
 
 def _random_receipt(config, how) -> dict:
@@ -104,13 +106,20 @@ def _random_receipt(config, how) -> dict:
     return backbones.Receipt(source, [], [], []).as_dict() | {"share": None}
 
 
-def _drawn_rows(config, found, part, count) -> np.ndarray:
-    """Draw some series of a part's training studies: rows of the volumes' table."""
-    learnt = found.volumes.table["study_id"].isin(found.studies["study_id"].iloc[part.train])
+def _drawn_rows(config, found, parts, count) -> np.ndarray:
+    """Draw some series of studies that no part asks: rows of the volumes' table."""
+    learnt = found.volumes.table["study_id"].isin(found.studies["study_id"].iloc[never_asked(parts)])
+    if not learnt.any():
+        raise ValueError(
+            "a network of random weights gets its batch statistics from studies that no part asks, and there are none "
+            "with a series that could be read; reserve some when the studies are split."
+        )
     return np.random.default_rng(config.seed).permutation(np.flatnonzero(learnt))[:count]
 
 
-def encode(config: Config, found: Data, part: Part, method: str, normalisation: str, *, run: Path) -> Features:
+def encode(
+    config: Config, found: Data, parts: Sequence[Part], method: str, normalisation: str, *, run: Path
+) -> Features:
     """Encode every series by the method's network, or open what an earlier call has written.
 
     Writes `features/<kind>-<normalisation>/` (features.npy, index.csv), `encoders/<kind>-<normalisation>.keras` and its
@@ -119,7 +128,7 @@ def encode(config: Config, found: Data, part: Part, method: str, normalisation: 
     Args:
         config: the recipe.
         found: of `read`.
-        part: whose training studies random weights get their batch statistics from.
+        parts: of `split`; random weights get their batch statistics from studies that none of them asks.
         method: "average" and "attention" share slices, "medicalnet" takes volumes.
         normalisation: "gsl" or "hist".
         run: the run folder.
@@ -127,21 +136,28 @@ def encode(config: Config, found: Data, part: Part, method: str, normalisation: 
     kind = "planes" if method == MEDICALNET else "slices"
     folder, table = run / "features" / f"{kind}-{normalisation}", found.volumes.table
     if not (folder / "index.csv").exists():
-        encoder, receipt = (volume_encoder if kind == "planes" else slice_encoder)(config, found, normalisation, part)
+        encoder, receipt = (volume_encoder if kind == "planes" else slice_encoder)(config, found, normalisation, parts)
         runs.write_json(run / "encoders" / f"{kind}-{normalisation}.json", receipt)
         runs.write_model(run / "encoders" / f"{kind}-{normalisation}.keras", encoder)
-        volumes = [series.load(found.volumes, normalisation, row) for row in range(len(table))]
+        load = functools.partial(series.load, found.volumes, normalisation)
         if kind == "planes":
-            embeddings.encode_volumes(encoder, volumes, folder)
+            embeddings.encode_volumes(encoder, len(table), load, folder)
             counts = np.full(len(table), encoder.output_shape[1])
         else:
-            embeddings.encode_slices(encoder, volumes, folder, batch_size=config.encode_batch_size)
-            counts = np.array([len(volume) for volume in volumes])
+            counts = table["slices"].to_numpy()
+            embeddings.encode_slices(encoder, counts, load, folder, batch_size=config.encode_batch_size)
         index = table.loc[np.repeat(np.arange(len(table)), counts), ["study_id", "series_id", "modality"]]
         index = index.assign(position=np.concatenate([np.arange(count) for count in counts]))
         runs.write_table(folder / "index.csv", index)
     values = np.load(folder / "features.npy", mmap_mode="r")
     index = pd.read_csv(folder / "index.csv", dtype={"study_id": str, "series_id": str})
+    counted = index.groupby(["study_id", "series_id"], sort=False).size()
+    wanted = table.set_index(["study_id", "series_id"])["slices"]
+    if not counted.index.equals(wanted.index) or (kind == "slices" and (counted != wanted).any()):
+        raise ValueError(
+            f"{folder} holds {len(index)} vectors of {len(counted)} series, but {len(table)} series of {wanted.sum()} "
+            "slices can be read now; delete that folder and run again."
+        )
     return Features(values.reshape(len(index), -1), index)
 
 
@@ -235,7 +251,9 @@ def _network(config, features, rows, part) -> keras.Model:
         chosen = bags[part.train]
         values = features.values[chosen[chosen >= 0]]
         if len(values):
-            moments[branch] = values.mean(axis=0), values.var(axis=0)
+            variance = values.var(axis=0)
+            # A feature that hardly varies in training must not become all that counts in another study.
+            moments[branch] = values.mean(axis=0), np.maximum(variance, _LEAST_VARIANCE * variance.mean() + 1e-12)
     return models.attention_classifier(
         {BRANCHES[condition]: len(data.targets_of(condition)) for condition in CONDITIONS},
         next(iter(rows.values())).shape[1],
@@ -328,7 +346,7 @@ def embed_all(
     vectors, attended = {}, {}
     for normalisation in config.normalisations:
         for method in config.methods:
-            features = encode(config, found, parts[0], method, normalisation, run=run)
+            features = encode(config, found, parts, method, normalisation, run=run)
             bags = bags_of(found, features)
             name = f"{method}-{normalisation}"
             means = average(config, features, bags) if method == AVERAGE else None
@@ -345,10 +363,17 @@ def embed_all(
 
 
 def weights_of(
-    config: Config, found: Data, part: Part, method: str, normalisation: str, attended: Attended, *, run: Path
+    config: Config,
+    found: Data,
+    parts: Sequence[Part],
+    method: str,
+    normalisation: str,
+    attended: Attended,
+    *,
+    run: Path,
 ) -> pd.DataFrame:
     """Return `slice_weights` of an embedding that `embed_all` made."""
-    features = encode(config, found, part, method, normalisation, run=run)
+    features = encode(config, found, parts, method, normalisation, run=run)
     return slice_weights(found, features, bags_of(found, features), attended)
 
 

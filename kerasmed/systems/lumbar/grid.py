@@ -69,7 +69,8 @@ def questions(found: Data, parts: Sequence[Part], *, impute_labels: bool = False
         seed: of the forests.
 
     Raises:
-        ValueError: nothing to learn a condition from, or nothing is asked of it.
+        ValueError: a condition has fewer than two grades to learn from, or among what the test asks, or a fold asks
+            nothing of it.
     """
     known, listed = rows_of(found), []
     for part in parts:
@@ -82,10 +83,12 @@ def questions(found: Data, parts: Sequence[Part], *, impute_labels: bool = False
                 table[(table["condition"] == condition) & table["study"].isin(positions) & table["grade"].notna()]
                 for table, positions in ((learnt_from, part.learnt), (known, part.asked))
             )
-            if learnt.empty or asked.empty:
+            fewest = 2 if part.name == TEST else 1
+            if learnt["grade"].nunique() < 2 or asked["grade"].nunique() < fewest:
                 raise ValueError(
-                    f"{condition} has {len(learnt)} known grades to learn from and {len(asked)} to answer in "
-                    f"{part.name}; more studies with a {data.PAIRED[condition]} series are needed, or fewer folds."
+                    f"{condition} has {len(learnt)} known grades, of {learnt['grade'].nunique()} kinds, to learn from "
+                    f"and {len(asked)}, of {asked['grade'].nunique()} kinds, to answer in {part.name}; more studies with a "
+                    f"{data.PAIRED[condition]} series are needed, of two grades at least, or fewer folds."
                 )
             listed.append(Question(part, condition, learnt.reset_index(drop=True), asked.reset_index(drop=True)))
     return listed

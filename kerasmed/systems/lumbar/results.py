@@ -25,7 +25,7 @@ def top_slices(
     Returns:
         DataFrame, a row a condition and study with at least one such slice: condition, study_id, slices, with_sign,
         top (whether the top slice carries a sign), chance (share of the slices that do), middle (whether the middle
-        slice does).
+        slice of the first series does).
     """
     weights = weights[weights["study"].isin(studies)]
     signs = [
@@ -39,7 +39,8 @@ def top_slices(
             top, chance = sign[of_bag["weight"].to_numpy().argmax()], sign.mean()
             counts = {"slices": len(sign), "with_sign": int(sign.sum())}
             row = {"condition": condition, "study_id": study_id, **counts}
-            rows.append(row | {"top": bool(top), "chance": float(chance), "middle": bool(sign[len(sign) // 2])})
+            first = (of_bag["series_id"] == of_bag["series_id"].iloc[0]).sum()
+            rows.append(row | {"top": bool(top), "chance": float(chance), "middle": bool(sign[first // 2])})
     columns = ["condition", "study_id", "slices", "with_sign", "top", "chance", "middle"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -96,39 +97,56 @@ def alike(
         int and float arrays, shape (num_queries, count): positions in the studies, most alike first, and cosines; a
         query that lies in `among` does not find itself, and one without a vector finds -1 with NaN.
     """
+    queries = np.asarray(queries)
     among = np.asarray(among)[np.isfinite(vectors[among]).all(axis=1)]
-    centre = vectors[among].mean(axis=0)
-    unit = vectors - centre
+    unit = vectors - vectors[among].mean(axis=0)
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
     cosines = unit[queries] @ unit[among].T
-    cosines[np.asarray(queries)[:, None] == among] = -np.inf
-    order = np.argsort(-cosines, axis=1, kind="stable")[:, : min(count, len(among) - 1)]
+    itself = queries[:, None] == among
+    cosines[itself] = -np.inf
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, : min(count, len(among) - int(itself.any()))]
     found, sure = among[order], np.take_along_axis(cosines, order, axis=1)
     without = ~np.isfinite(vectors[queries]).all(axis=1)
     found[without], sure[without] = -1, np.nan
     return found, sure
 
 
-def agreement(grades: np.ndarray, queries: Sequence[int], found: np.ndarray, among: Sequence[int]) -> dict[str, float]:
-    """Compare how much the worst grade of studies differs from that of their likes, and of studies at random.
+def agreement(
+    grades: np.ndarray,
+    queries: Sequence[int],
+    found: np.ndarray,
+    among: Sequence[int],
+    *,
+    num_draws: int = metrics.BOOTSTRAPS,
+    seed: int = 0,
+) -> dict:
+    """Compare how far a study's worst grade lies from those of its likes, and from those of all that were searched.
 
     Args:
         grades: float array, shape (num_studies,): a study's worst grade of a condition, NaN where unknown.
         queries: positions that were asked.
         found: of `alike`.
-        among: positions that were searched.
+        among: positions that could be found: those with a vector.
+        num_draws, seed: of the bootstrap over the queries.
 
     Returns:
-        dict: of_alike and at_random, the mean absolute differences of grades; n, how many pairs are compared.
+        dict: n, how many queries have a grade and likes with one; of_alike and at_random, the mean absolute differences
+        of grades; difference, the first less the second, and its 95 % interval ci95 (None for no query).
     """
-    queries, found, among = np.asarray(queries), np.asarray(found), np.asarray(among)
-    pairs = np.where(found >= 0, np.abs(grades[queries][:, None] - grades[found]), np.nan)
-    random = np.abs(grades[queries[(found >= 0).any(axis=1)]][:, None] - grades[among])
-    return {
-        "of_alike": float(np.nanmean(pairs)),
-        "at_random": float(np.nanmean(random)),
-        "n": int(np.isfinite(pairs).sum()),
-    }
+    queries, among = np.asarray(queries), np.asarray(among)
+    near = np.where(found >= 0, grades[found], np.nan)
+    alike_known, among_known = np.isfinite(near), grades[among][np.isfinite(grades[among])]
+    rows = np.flatnonzero(np.isfinite(grades[queries]) & alike_known.any(axis=1))
+    if not len(rows) or not len(among_known):
+        return {"n": 0, "of_alike": None, "at_random": None, "difference": None, "ci95": None}
+    own = grades[queries[rows]][:, None]
+    of_alike = np.nanmean(np.abs(own - near[rows]), axis=1)
+    pairs = np.stack([of_alike, np.abs(own - among_known).mean(axis=1)], axis=1)
+    draws = metrics.bootstrap_weights(rows, num_draws=num_draws, seed=seed)
+    spread = (draws @ (pairs[:, 0] - pairs[:, 1])) / draws.sum(axis=1)
+    near_mean, far_mean = pairs.mean(axis=0).tolist()
+    means = {"of_alike": near_mean, "at_random": far_mean, "difference": near_mean - far_mean}
+    return {"n": len(rows), **means, "ci95": metrics.interval(spread)}
 
 
 def worst_grades(studies: pd.DataFrame, condition: str) -> np.ndarray:

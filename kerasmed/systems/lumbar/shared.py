@@ -13,6 +13,7 @@ CONDITIONS, TARGETS, MODALITIES = data.CONDITIONS, data.TARGETS, data.MODALITIES
 # Branch names of networks: what Keras takes as the name of an input.
 BRANCHES = {"spinal_canal_stenosis": "canal", "neural_foraminal_narrowing": "foraminal"}
 BRANCHES |= {"subarticular_stenosis": "subarticular"}
+_FEWEST_STUDIES = 10
 TEST = "test"  # the part that is held out once; the others are folds of the rest
 
 
@@ -20,7 +21,7 @@ class Data(NamedTuple):
     """Studies, and their series as volumes."""
 
     studies: pd.DataFrame  # a row a study: study_id, TARGETS (0, 1, 2 or NaN), MODALITIES (series that could be read)
-    store: pipelines.Store  # a row a series: the manifest with a picture of the middle file, for audit and neighbours
+    store: pipelines.Store  # a row a series that could be read: the manifest, and its middle slice
     volumes: series.Volumes  # a row a series that could be read
 
 
@@ -59,9 +60,6 @@ def read(
         ValueError: too many files cannot be read.
     """
     manifest = data.read(source.root)
-    store = pipelines.decode(
-        manifest, source.root, image_size=images.THUMBNAIL_SIZE, max_quarantined_share=max_quarantined_share
-    )
     volumes = series.convert(
         manifest,
         source.root,
@@ -73,14 +71,37 @@ def read(
     studies = data.read_studies(source.root)
     present = volumes.table.groupby(["study_id", "modality"]).size().unstack(fill_value=0)
     present = present.reindex(index=studies["study_id"], columns=list(MODALITIES), fill_value=0)
-    return Data(studies.assign(**{name: present[name].to_numpy() for name in MODALITIES}), store, volumes)
+    studies = studies.assign(**{name: present[name].to_numpy() for name in MODALITIES})
+    return Data(studies, _middles(manifest, volumes, normalisations[0], tuple(image_size)), volumes)
+
+
+def _middles(manifest, volumes, normalisation, image_size) -> pipelines.Store:
+    """Lay the middle slice of each series out as a store, for the audit and for neighbours."""
+    pictures = series.middle(volumes, normalisation, image_size)
+    names = ["study_id", "series_id"]
+    rows = volumes.table[names].merge(manifest, on=names, how="left", validate="one_to_one")
+    return pipelines.Store(
+        pictures,
+        np.stack([images.thumbnail(picture) for picture in pictures]),
+        rows[manifest.columns.tolist()],
+        pd.DataFrame(np.array([images.facts(picture) for picture in pictures], images.FACTS)),
+        volumes.quarantine,
+        volumes.folder,
+    )
 
 
 # --- split -----------------------------------------------------------------------------------------------------------
 
 
 def split(
-    studies: pd.DataFrame, *, test_share: float, folds: int, valid_share: float, seed: int, with_folds: bool = True
+    studies: pd.DataFrame,
+    *,
+    test_share: float,
+    folds: int,
+    valid_share: float,
+    reserved: int = 0,
+    seed: int,
+    with_folds: bool = True,
 ) -> list[Part]:
     """Hold some studies out as test, and deal the rest into folds; each part's validation is carved off what is left.
 
@@ -92,6 +113,8 @@ def split(
         test_share: share of the studies.
         folds: how many.
         valid_share: share of the studies that may be learnt from, for early stopping.
+        reserved: that many studies, at most a sixth of those that are not test, are learnt from by every part and asked
+            by none: what all parts share may be fitted on them.
         seed: of the shuffles.
         with_folds: False for the test part alone.
 
@@ -101,15 +124,23 @@ def split(
     Raises:
         ValueError: too few studies.
     """
+    if len(studies) < _FEWEST_STUDIES:
+        raise ValueError(
+            f"{len(studies)} studies cannot be parted into test, folds and validation; expected at least "
+            f"{_FEWEST_STUDIES} rows in train.csv."
+        )
     graded = {name: _graded(studies, name) for name in CONDITIONS}
     table = pd.DataFrame({"group_id": studies["study_id"].to_numpy(), **graded})
     options = {"seed": seed}
-    held_out = splits.folds(table, CONDITIONS, num_folds=max(2, round(1 / test_share)), **options) == 0
+    shares = {"test_share": test_share, "valid_share": valid_share * (1 - test_share)}
+    held_out = (splits.assign(table, CONDITIONS, **shares, **options)["split"] == "test").to_numpy()
     rest = np.flatnonzero(~held_out)
     asked = {TEST: np.flatnonzero(held_out)}
     if with_folds:
-        fold = splits.folds(table.iloc[rest].reset_index(drop=True), CONDITIONS, num_folds=folds, **options)
-        asked |= {f"fold {number + 1}": rest[fold == number] for number in range(fold.max() + 1)}
+        drawn = np.random.default_rng(seed).permutation(rest)[: min(reserved, len(rest) // 6)]
+        dealt = np.setdiff1d(rest, drawn)
+        fold = splits.folds(table.iloc[dealt].reset_index(drop=True), CONDITIONS, num_folds=folds, **options)
+        asked |= {f"fold {number + 1}": dealt[fold == number] for number in range(fold.max() + 1)}
     parts = []
     for name, positions in asked.items():
         learnt = rest if name == TEST else np.setdiff1d(rest, positions)
@@ -117,6 +148,12 @@ def split(
         carved = splits.assign(among, CONDITIONS, test_share=0, valid_share=valid_share, **options)["split"]
         parts.append(Part(name, learnt[carved == "train"], learnt[carved == "valid"], positions))
     return parts
+
+
+def never_asked(parts: Sequence[Part]) -> np.ndarray:
+    """Return the studies that some part learns from and none asks, int, ascending."""
+    learnt, asked = (np.concatenate([getattr(part, what) for part in parts]) for what in ("learnt", "asked"))
+    return np.setdiff1d(learnt, asked)
 
 
 def _graded(studies, condition) -> np.ndarray:
@@ -225,13 +262,17 @@ def fill_blank_grades(studies: pd.DataFrame, learnt: np.ndarray, *, seed: int) -
 def nearest_studies(found: Data, condition: str, part: Part) -> np.ndarray:
     """Find, by thumbnails of the paired modality, the training study that each asked study looks most like.
 
+    Only training studies with a known grade of the condition are looked at.
+
     Returns:
         int array, shape (num_asked,): positions in the studies; -1 where either has no such series.
     """
     first = found.store.manifest.reset_index(names="row").query("modality == @data.PAIRED[@condition]")
     row_of = first.drop_duplicates("study_id").set_index("study_id")["row"]
     rows = found.studies["study_id"].map(row_of).fillna(-1).to_numpy(int)
-    learnt, asked = part.learnt[rows[part.learnt] >= 0], np.flatnonzero(rows[part.asked] >= 0)
+    known = found.studies[list(data.targets_of(condition))].notna().any(axis=1).to_numpy()
+    learnt = part.learnt[(rows[part.learnt] >= 0) & known[part.learnt]]
+    asked = np.flatnonzero(rows[part.asked] >= 0)
     nearest = np.full(len(part.asked), -1)
     if len(learnt) and len(asked):
         thumbnails = found.store.thumbnails
@@ -260,7 +301,10 @@ def _looked_up(modality: pd.Series, rows: pd.DataFrame) -> np.ndarray:
 
 
 def split_table(found: Data, parts: Sequence[Part]) -> pd.DataFrame:
-    """Return the manifest with the split of the test part, and the fold in which a study is asked ("" for test)."""
+    """Return the manifest with the split of the test part, and the fold in which a study is asked.
+
+    The fold is "" for test studies and for those that no part asks.
+    """
     role = pd.Series("", index=found.studies["study_id"])
     fold = role.copy()
     for name, positions in (("train", parts[0].train), ("valid", parts[0].valid), ("test", parts[0].asked)):

@@ -87,8 +87,8 @@ def questions(found: Data, parts: Sequence[Part], *, impute_labels: bool = False
             if learnt["grade"].nunique() < 2 or asked["grade"].nunique() < fewest:
                 raise ValueError(
                     f"{condition} has {len(learnt)} known grades, of {learnt['grade'].nunique()} kinds, to learn from "
-                    f"and {len(asked)}, of {asked['grade'].nunique()} kinds, to answer in {part.name}; more studies with a "
-                    f"{data.PAIRED[condition]} series are needed, of two grades at least, or fewer folds."
+                    f"and {len(asked)}, of {asked['grade'].nunique()} kinds, to answer in {part.name}; more "
+                    f"studies with a {data.PAIRED[condition]} series are needed, of two grades, or fewer folds."
                 )
             listed.append(Question(part, condition, learnt.reset_index(drop=True), asked.reset_index(drop=True)))
     return listed

@@ -15,11 +15,12 @@ import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import images, pipelines, runs
+from kerasmed import images, modalities, pipelines, runs
 from kerasmed import progress as bars
 
 SHARD_SLICES = 2048
 SHARD_VOLUMES = 64
+_LEAST_VARIANCE = 1e-3  # of a feature, over the mean of all
 
 
 class Features(NamedTuple):
@@ -267,23 +268,96 @@ def bag_inputs(values: np.ndarray, bags: Mapping[str, np.ndarray], studies: np.n
     return inputs
 
 
+def stack_bags(bags: Sequence[np.ndarray]) -> np.ndarray:
+    """Lay the bags of several modalities beside one another.
+
+    Args:
+        bags: of each modality, `bag_rows` of the same studies.
+
+    Returns:
+        int array, shape (num_studies, M, S), S the longest bag's length: rows of the features, then -1.
+
+    Example:
+        >>> stack_bags([np.array([[0, 1], [2, -1]]), np.array([[3], [-1]])]).tolist()
+        [[[0, 1], [3, -1]], [[2, -1], [-1, -1]]]
+    """
+    longest = max(rows.shape[1] for rows in bags)
+    return np.stack([np.pad(rows, ((0, 0), (0, longest - rows.shape[1])), constant_values=-1) for rows in bags], axis=1)
+
+
+def modality_inputs(values: np.ndarray, bags: np.ndarray, shown: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Gather what `kerasmed.modalities.graded_fusion` takes.
+
+    Args:
+        values: float32, shape (num_rows, num_features).
+        bags: of `stack_bags`, of the studies wanted.
+        shown: bool, shape (num_studies, M): hide the other modalities, as if a study had none; None to show all.
+
+    Returns:
+        dict: "slices", float32 (num_studies, M, S, num_features), 0 where there is none, "slice_mask", bool, and
+        "available", bool (num_studies, M).
+
+    Raises:
+        ValueError: a study without any modality, or of which none is shown.
+    """
+    mask = bags >= 0
+    if shown is not None:
+        mask = mask & shown[..., None]
+    available = mask.any(axis=-1)
+    modalities.refuse_empty(available)
+    gathered = np.zeros((*bags.shape, values.shape[1]), np.float32)
+    gathered[mask] = values[bags[mask]]
+    return {"slices": gathered, "slice_mask": mask, "available": available}
+
+
+def moments(values: np.ndarray, bags: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Take mean and variance of each feature over the vectors in some bags, to standardise by.
+
+    A feature that hardly varies there must not become all that counts in another study: its variance is taken as a
+    thousandth of the features' mean one, at least.
+
+    Args:
+        values: float array, shape (num_rows, num_features).
+        bags: of `bag_rows`, of *training* studies.
+
+    Returns:
+        Two arrays (num_features,); None where all bags are empty.
+    """
+    chosen = values[bags[bags >= 0]]
+    if not len(chosen):
+        return None
+    variance = chosen.var(axis=0)
+    return chosen.mean(axis=0), np.maximum(variance, _LEAST_VARIANCE * variance.mean() + 1e-12)
+
+
 def bag_dataset(
     values: np.ndarray,
     bags: Mapping[str, np.ndarray],
     studies: np.ndarray,
+    targets: np.ndarray | None = None,
+    **options,
+):
+    """Make a `dataset` of `bag_inputs` of some studies; `targets` lie beside `studies`."""
+    return dataset(lambda rows: bag_inputs(values, bags, studies[rows]), len(studies), targets, **options)
+
+
+def dataset(
+    gather: Callable[[np.ndarray], dict[str, np.ndarray]],
+    count: int,
     targets: np.ndarray | None = None,
     *,
     batch_size: int = 32,
     seed: int | None = None,
     first_epoch: int = 0,
 ):
-    """Make a `tf.data.Dataset` of bags: shuffled anew every epoch and without end, or every study once, in order.
+    """Make a `tf.data.Dataset` of gathered rows: shuffled anew every epoch and without end, or each once, in order.
 
     Args:
-        values, bags, studies: as of `bag_inputs`.
-        targets: shape (num_studies, ...), beside `studies`; None for prediction.
-        batch_size: studies a batch.
-        seed: of the shuffle, by epoch; None for every study once, in order.
+        gather: function of int positions -> dict of arrays, whose first axis goes along with them.
+        count: of rows: positions are 0 to `count` - 1.
+        targets: shape (count, ...); None for prediction.
+        batch_size: rows a batch.
+        seed: of the shuffle, by epoch; None for every row once, in order.
         first_epoch: which epoch comes first.
 
     Returns:
@@ -291,31 +365,28 @@ def bag_dataset(
     """
     import tensorflow as tf
 
-    steps = pipelines.steps_per_epoch(len(studies), batch_size)
+    steps = pipelines.steps_per_epoch(count, batch_size)
 
     def one(order, index) -> tuple | dict:
         chosen = order[index * batch_size : (index + 1) * batch_size]
-        inputs = bag_inputs(values, bags, studies[chosen])
-        return inputs if targets is None else (inputs, targets[chosen])
+        return gather(chosen) if targets is None else (gather(chosen), targets[chosen])
 
     def generate() -> Iterator:
         epoch = first_epoch
         while seed is not None:
-            order = pipelines.epoch_order(len(studies), seed=seed, epoch=epoch)
+            order = pipelines.epoch_order(count, seed=seed, epoch=epoch)
             yield from (one(order, index) for index in range(steps))
             epoch += 1
-        yield from (one(np.arange(len(studies)), index) for index in range(steps))
+        yield from (one(np.arange(count), index) for index in range(steps))
 
-    signature = {}
-    for name, rows in bags.items():
-        signature[f"{name}_slices"] = tf.TensorSpec((None, rows.shape[1], values.shape[1]), tf.float32)
-        signature[f"{name}_mask"] = tf.TensorSpec((None, rows.shape[1]), tf.bool)
+    empty = gather(np.zeros(0, int))
+    signature = {name: tf.TensorSpec((None, *array.shape[1:]), array.dtype) for name, array in empty.items()}
     if targets is not None:
         signature = (signature, tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
-    dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
+    found = tf.data.Dataset.from_generator(generate, output_signature=signature)
     if seed is None:
-        dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
-    return dataset.prefetch(2)
+        found = found.apply(tf.data.experimental.assert_cardinality(steps))
+    return found.prefetch(2)
 
 
 def write(path: Path, index: pd.DataFrame, values: np.ndarray) -> None:

@@ -326,7 +326,7 @@ def grid_heat_map(
         axis.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
         axis.set_yticks(range(len(lines)), lines, fontsize=7.5)
         axis.tick_params(length=0)
-    label = _written(metric) + (", lower is better" if lower else "")
+    label = written(metric) + (", lower is better" if lower else "")
     figure.colorbar(mesh, ax=axes[0].tolist(), label=label, shrink=0.8, pad=0.015)
     figure.suptitle(title, fontsize=11)
     return figure
@@ -376,7 +376,7 @@ def contrasts(found: Sequence[Mapping], *, title: str, metric: str = "macro_auro
     axis.axvline(0, color="black", linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(lines)), lines, fontsize=9)
     better = "left" if metric in LOWER_IS_BETTER else "right"
-    axis.set_xlabel(f"difference in {_written(metric)}, 95 % interval over studies; better to the {better}", fontsize=9)
+    axis.set_xlabel(f"difference in {written(metric)}, 95 % interval over studies; better to the {better}", fontsize=9)
     axis.set_ylim(len(lines) - 0.5, -0.5)
     axis.margins(x=0.08)
     if drawn - {""}:
@@ -385,7 +385,7 @@ def contrasts(found: Sequence[Mapping], *, title: str, metric: str = "macro_auro
     return figure
 
 
-def _written(metric) -> str:
+def written(metric: str) -> str:
     """A metric as it is written: macro_auroc is macro AUROC."""
     stem = metric.removeprefix("macro_")
     return "macro " * (stem != metric) + METRICS.get(stem, stem.replace("_", " "))

@@ -71,19 +71,22 @@ class Preprocessing(keras.layers.Layer):
 class GatedAttentionPooling(keras.layers.Layer):
     """Pool a row's slices into one vector, with weights learnt from the slices.
 
-        a_k = softmax_k( wᵀ (tanh(V h_k) · sigmoid(U h_k)) )
+        s_k = wᵀ (tanh(V h_k) · sigmoid(U h_k))
+        a_k = softmax_k(s_k), or where slices do not compete sigmoid(s_k) / K, of K slices in the row
         output = Σ_k a_k · h_k
 
-    The softmax runs over the row's slices alone. A place that the mask leaves out weighs exactly 0, and what stands
+    Softmax and K are of the row's slices alone. A place that the mask leaves out weighs exactly 0, and what stands
     there, NaN included, changes neither the output nor a gradient, not by a bit. A row without any slice has weights of
     0 and gives zeros. Softmax and sum are in float32 under every precision policy.
 
     Args:
         units: width of V and U.
+        competing: with the softmax, as the source has it; else each slice is reweighted by itself, and all averaged.
         return_weights: also return a.
 
     Input shape: list of the slices (batch, S, D) and the mask (batch, S): bool, or numbers, of which 0 is no slice.
-    Output shape: (batch, D); with `return_weights` also (batch, S), float32, which sum to 1 over a row's slices.
+    Output shape: (batch, D); with `return_weights` also (batch, S), float32, which sum to 1 over a row's slices where
+        these compete, else to less.
 
     Raises:
         ValueError: `units` below 1, or inputs of other shapes.
@@ -91,11 +94,11 @@ class GatedAttentionPooling(keras.layers.Layer):
     Source: Ilse, Tomczak and Welling 2018, arXiv:1802.04712, equation 9, without biases as written there.
     """
 
-    def __init__(self, units: int = 128, *, return_weights: bool = False, **kwargs):
+    def __init__(self, units: int = 128, *, competing: bool = True, return_weights: bool = False, **kwargs):
         super().__init__(**kwargs)
         if units < 1:
             raise ValueError(f"`units` is {units}; expected at least 1.")
-        self.units, self.return_weights = int(units), bool(return_weights)
+        self.units, self.competing, self.return_weights = int(units), bool(competing), bool(return_weights)
 
     def build(self, input_shape):
         shapes = [tuple(shape) for shape in input_shape if isinstance(shape, (list, tuple))]
@@ -115,15 +118,31 @@ class GatedAttentionPooling(keras.layers.Layer):
         slices = ops.where(mask[..., None], slices, ops.zeros_like(slices))
         gate = ops.sigmoid(ops.matmul(slices, self.gate_kernel))
         scores = ops.matmul(ops.tanh(ops.matmul(slices, self.tanh_kernel)) * gate, self.score_kernel)[..., 0]
-        # Far below every score, yet finite: the softmax of a row without slices would be NaN.
-        scores = ops.where(mask, ops.cast(scores, "float32"), -1e30)
-        weights = ops.where(mask, ops.softmax(scores, axis=-1), 0.0)
+        scores = ops.cast(scores, "float32")
+        if self.competing:
+            weights = masked_softmax(scores, mask)
+        else:
+            count = ops.sum(ops.cast(mask, "float32"), axis=-1, keepdims=True)
+            weights = ops.where(mask, ops.sigmoid(scores) / ops.maximum(count, 1.0), 0.0)
         pooled = ops.sum(weights[..., None] * ops.cast(slices, "float32"), axis=1)
         pooled = ops.cast(pooled, self.compute_dtype)
         return (pooled, weights) if self.return_weights else pooled
 
     def get_config(self):
-        return {**super().get_config(), "units": self.units, "return_weights": self.return_weights}
+        config = {"units": self.units, "competing": self.competing, "return_weights": self.return_weights}
+        return {**super().get_config(), **config}
+
+
+def masked_softmax(scores, mask):
+    """Softmax over the places of the last axis that a mask of the same shape keeps; 0 in the others, and where none is.
+
+    Example:
+        >>> weights = masked_softmax(np.array([[1.0, 1.0, np.nan]]), np.array([[True, True, False]]))
+        >>> ops.convert_to_numpy(weights).tolist()
+        [[0.5, 0.5, 0.0]]
+    """
+    # Far below every score, yet finite: the softmax of nothing would be NaN.
+    return ops.where(mask, ops.softmax(ops.where(mask, scores, -1e30), axis=-1), 0.0)
 
 
 # --- augmentation ----------------------------------------------------------------------------------------------------

@@ -362,21 +362,49 @@ def attention_classifier(
         slices = keras.Input((num_slices, num_features), dtype="float32", name=f"{branch}_slices")
         mask = keras.Input((num_slices,), dtype="bool", name=f"{branch}_mask")
         inputs += [slices, mask]
-        # Ahead of the pooling, which also does so: else NaN would reach the gradients of the layers in between.
-        x = ops.where(ops.expand_dims(mask, -1), slices, ops.zeros_like(slices))
-        if moments and branch in moments:
-            mean, variance = (np.asarray(each, "float32") for each in moments[branch])
-            x = layers.Normalization(mean=mean, variance=variance * num_features, name=f"{branch}_norm")(x)
-        else:
-            x = layers.LayerNormalization(name=f"{branch}_norm")(x)
-        x = layers.SpatialDropout1D(dropout, name=f"{branch}_thinned")(x)
-        x = layers.Dense(width, activation="relu", name=f"{branch}_embed")(x)
-        x, _ = GatedAttentionPooling(units, return_weights=True, name=f"{branch}_pooled")([x, mask])
+        x, _ = attention_branch(
+            slices, mask, branch, width=width, units=units, dropout=dropout, moments=(moments or {}).get(branch)
+        )
         x = layers.Dropout(dropout, name=f"{branch}_dropout")(x)
         x = layers.Dense(targets * num_grades, dtype="float32", name=f"{branch}_scores")(x)
         logits.append(layers.Reshape((targets, num_grades), dtype="float32", name=f"{branch}_grades")(x))
     logits = layers.Concatenate(axis=1, dtype="float32", name="logits")(logits)
     return keras.Model(inputs, layers.Activation("softmax", dtype="float32", name="probabilities")(logits), name=name)
+
+
+def attention_branch(
+    slices,
+    mask,
+    name: str,
+    *,
+    width: int,
+    units: int,
+    dropout: float,
+    moments: tuple[np.ndarray, np.ndarray] | None = None,
+    competing: bool = True,
+):
+    """Read one kind of series as vectors of its slices; see NAME_norm to NAME_pooled of `attention_classifier`.
+
+    Args:
+        slices, mask: Keras tensors (batch, S, D) and (batch, S).
+        name: of the branch.
+        width, units, dropout, moments: as there; moments of this branch.
+        competing: of `kerasmed.layers.GatedAttentionPooling`.
+
+    Returns:
+        Keras tensors: the embedding (batch, width), and the weights of the slices (batch, S).
+    """
+    # Ahead of the pooling, which also does so: else NaN would reach the gradients of the layers in between.
+    x = ops.where(ops.expand_dims(mask, -1), slices, ops.zeros_like(slices))
+    if moments is None:
+        x = layers.LayerNormalization(name=f"{name}_norm")(x)
+    else:
+        mean, variance = (np.asarray(each, "float32") for each in moments)
+        x = layers.Normalization(mean=mean, variance=variance * slices.shape[-1], name=f"{name}_norm")(x)
+    x = layers.SpatialDropout1D(dropout, name=f"{name}_thinned")(x)
+    x = layers.Dense(width, activation="relu", name=f"{name}_embed")(x)
+    options = {"competing": competing, "return_weights": True, "name": f"{name}_pooled"}
+    return GatedAttentionPooling(units, **options)([x, mask])
 
 
 def attention_parts(model: keras.Model, name: str) -> keras.Model:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kerasmed import augment
-from kerasmed.layers import _TRANSFORMS, GatedAttentionPooling, Preprocessing, build_augmentation
+from kerasmed.layers import _TRANSFORMS, GatedAttentionPooling, Preprocessing, build_augmentation, masked_softmax
 
 
 def test_preprocessing_by_hand():
@@ -109,12 +109,41 @@ def test_gated_attention_pooling_does_not_depend_on_the_order_of_slices(rng):
     assert weights[mask].std() > 0.01 and (weights[mask] > 0).all() and (weights[~mask] == 0).all()
 
 
-def test_gated_attention_pooling_values_that_are_masked_change_no_bit_of_output_and_gradients(rng):
+def test_gated_attention_pooling_without_competing_by_hand():
+    slices = np.float32([[[1, 0], [0, 1], [9, 9]], [[1, 0], [9, 9], [9, 9]]])
+    mask = np.array([[True, True, False], [True, False, False]])
+    layer = GatedAttentionPooling(1, competing=False, return_weights=True)
+    layer.build([(2, 3, 2), (2, 3)])
+    # As above the scores are ln 4 and 0: sigmoids of 4/5 and 1/2, over two slices in the first row, one in the second.
+    told = [[[np.arctanh(0.5)], [0]], [[np.log(3)], [0]], [[8 / 3 * np.log(4)]]]
+    layer.set_weights([np.float32(kernel) for kernel in told])
+    pooled, weights = layer([slices, mask])
+    np.testing.assert_allclose(weights, [[0.4, 0.25, 0], [0.8, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(pooled, [[0.4, 0.25], [0.8, 0]], atol=1e-6)
+    assert (weights.numpy()[~mask] == 0).all() and pooled.numpy()[1, 1] == 0
+
+
+def test_gated_attention_pooling_without_competing_weighs_each_slice_by_itself(rng):
+    slices, mask = np.float32(rng.normal(size=(4, 5, 3))), np.ones((4, 5), bool)
+    layer, _, weights = _pooling(slices, mask, competing=False)
+    other = slices.copy()
+    other[:, 1:] = rng.normal(size=(4, 4, 3))
+    _, moved = layer([other, mask])
+    np.testing.assert_array_equal(moved[:, 0], weights[:, 0])
+    assert np.abs(moved - weights)[:, 1:].min() > 0 and weights.min() > 0 and weights.max() < 1 / 5
+    # With fewer slices each weighs more, in proportion.
+    _, fewer = layer([slices, np.arange(5) < np.full((4, 1), 2)])
+    np.testing.assert_allclose(fewer[:, :2], weights[:, :2] * 5 / 2, rtol=1e-6)
+    assert (fewer.numpy()[:, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("competing", [True, False])
+def test_gated_attention_pooling_values_that_are_masked_change_no_bit_of_output_and_gradients(competing, rng):
     import tensorflow as tf
 
     slices = np.float32(rng.normal(size=(3, 5, 4)))
     mask = np.arange(5) < np.array([[5], [3], [0]])
-    layer = GatedAttentionPooling(8, return_weights=True)
+    layer = GatedAttentionPooling(8, competing=competing, return_weights=True)
     results = []
     for odd in (0.0, 1e30, np.nan, np.inf):
         x = tf.Variable(np.where(mask[..., None], slices, np.float32(odd)))
@@ -129,8 +158,10 @@ def test_gated_attention_pooling_values_that_are_masked_change_no_bit_of_output_
     assert (results[0][2].numpy()[~mask] == 0).all()
 
 
-def test_gated_attention_pooling_of_a_row_without_slices_gives_zeros():
-    _, pooled, weights = _pooling(np.full((2, 3, 4), np.nan, np.float32), np.array([[0.0, 0, 0], [0, 0, 0]]))
+@pytest.mark.parametrize("competing", [True, False])
+def test_gated_attention_pooling_of_a_row_without_slices_gives_zeros(competing):
+    slices, mask = np.full((2, 3, 4), np.nan, np.float32), np.array([[0.0, 0, 0], [0, 0, 0]])
+    _, pooled, weights = _pooling(slices, mask, competing=competing)
     np.testing.assert_array_equal(pooled, np.zeros((2, 4)))
     np.testing.assert_array_equal(weights, np.zeros((2, 3)))
 
@@ -151,15 +182,22 @@ def test_gated_attention_pooling_under_mixed_precision_weighs_in_float32(rng):
     pooled, weights = layer([np.float16(slices), mask])
     assert pooled.dtype == "float16" and weights.dtype == "float32"
     np.testing.assert_allclose(weights.numpy().sum(axis=1), 1, rtol=1e-6)  # in float16, 300 roundings: 1e-3
+    apart = GatedAttentionPooling(competing=False, return_weights=True, dtype="mixed_float16")
+    pooled, weights = apart([np.float16(slices * 0 + 100), mask])
+    # The scores are the same of all: each weighs sigmoid / 300, and the pooled is 100 of the sigmoids.
+    assert pooled.dtype == "float16" and weights.dtype == "float32"
+    np.testing.assert_allclose(pooled, 100 * weights.numpy().sum(axis=1, keepdims=True).repeat(4, 1), rtol=1e-3)
 
 
-def test_gated_attention_pooling_round_trips_through_keras_file(tmp_path, rng):
+@pytest.mark.parametrize("competing", [True, False])
+def test_gated_attention_pooling_round_trips_through_keras_file(competing, tmp_path, rng):
     inputs = [keras.Input((5, 4)), keras.Input((5,), dtype="bool")]
-    layer = GatedAttentionPooling(7, return_weights=True, name="pooled")
+    layer = GatedAttentionPooling(7, competing=competing, return_weights=True, name="pooled")
     model = keras.Model(inputs, layer(inputs))
     model.save(tmp_path / "m.keras")
     copy = keras.saving.load_model(tmp_path / "m.keras")
     assert copy.get_layer("pooled").get_config() == layer.get_config() and layer.get_config()["units"] == 7
+    assert layer.get_config()["competing"] is competing and GatedAttentionPooling().competing
     assert keras.saving.get_registered_name(GatedAttentionPooling) == "kerasmed>GatedAttentionPooling"
     batch = [np.float32(rng.normal(size=(3, 5, 4))), rng.random((3, 5)) < 0.5]
     for got, expected in zip(copy(batch), model(batch)):
@@ -175,6 +213,43 @@ def test_gated_attention_pooling_of_other_shapes_is_refused(shapes):
 def test_gated_attention_pooling_without_units_is_refused():
     with pytest.raises(ValueError, match="`units` is 0"):
         GatedAttentionPooling(0)
+
+
+def test_masked_softmax_by_hand():
+    scores = np.float32([[[0, np.log(3), 7], [np.log(2), 5, 0]], [[1, 1, 1], [4, 4, 4]]])
+    mask = np.array([[[1, 1, 0], [1, 0, 1]], [[1, 1, 1], [0, 0, 1]]], bool)
+    got = masked_softmax(scores, mask).numpy()
+    expected = [[[1 / 4, 3 / 4, 0], [2 / 3, 0, 1 / 3]], [[1 / 3] * 3, [0, 0, 1]]]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert (got[~mask] == 0).all()
+
+
+def test_masked_softmax_of_what_the_mask_leaves_out_changes_no_bit_of_output_and_gradient(rng):
+    import tensorflow as tf
+
+    scores, mask = rng.normal(0, 3, (6, 4)).astype("float32"), rng.random((6, 4)) < 0.5
+    mask[0], mask[1] = True, False
+    results = []
+    for odd in (0.0, np.nan, np.inf, -np.inf, 1e38):
+        x = tf.Variable(np.where(mask, scores, np.float32(odd)))
+        with tf.GradientTape() as tape:
+            weights = masked_softmax(x, mask)
+            loss = tf.reduce_sum(weights * np.arange(4))
+        results.append([weights.numpy(), tape.gradient(loss, x).numpy()])
+    for weights, gradient in results:
+        np.testing.assert_array_equal(weights, results[0][0])
+        np.testing.assert_array_equal(gradient, results[0][1])
+    weights, gradient = results[0]
+    assert (weights[~mask] == 0).all() and (gradient[~mask] == 0).all() and np.abs(gradient[0]).min() > 0
+    np.testing.assert_allclose(weights.sum(axis=1), mask.any(axis=1), rtol=1e-6)
+
+
+def test_masked_softmax_of_large_scores_stays_finite_and_goes_by_differences():
+    scores, mask = np.float32([[-1e20, -1e20, 0], [1e20, 0, 0], [5000, 5001, 9000]]), np.array([[1, 1, 0]] * 3, bool)
+    share = 1 / (1 + np.e)
+    np.testing.assert_allclose(
+        masked_softmax(scores, mask), [[0.5, 0.5, 0], [1, 0, 0], [share, 1 - share, 0]], rtol=1e-6
+    )
 
 
 # --- augmentation ----------------------------------------------------------------------------------------------------

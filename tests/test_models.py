@@ -443,3 +443,40 @@ def test_attention_classifier_with_moments_standardises_each_feature_and_round_t
     model.save(tmp_path / "m.keras")
     again = keras.saving.load_model(tmp_path / "m.keras")
     np.testing.assert_array_equal(again.predict(inputs, verbose=0), model.predict(inputs, verbose=0))
+
+
+@pytest.mark.parametrize("competing", [True, False])
+def test_attention_branch_is_the_classifiers_with_slices_that_compete_or_not(competing, attention, rng):
+    slices, mask = keras.Input((4, 5), name="slices"), keras.Input((4,), dtype="bool", name="mask")
+    parts = models.attention_branch(slices, mask, "canal", width=8, units=6, dropout=0.25, competing=competing)
+    branch = keras.Model([slices, mask], list(parts))
+    names = [layer.name for layer in branch.layers if layer.name.startswith("canal_")]
+    assert names == ["canal_norm", "canal_thinned", "canal_embed", "canal_pooled"]
+    batch = _batch(rng)
+    inputs = [batch["canal_slices"], batch["canal_mask"]]
+    taken = models.attention_parts(attention, "canal")
+    branch.set_weights([each for name in names for each in attention.get_layer(name).get_weights()])
+    pooled, weights = (part.numpy() for part in branch(inputs))
+    for got, expected in zip((pooled, weights), taken(inputs)):
+        assert np.array_equal(got, expected) == competing
+    there = batch["canal_mask"]
+    if not competing:  # the same scores, each by itself: odds w K / (1 - w K) stand as the softmax's weights do
+        scaled = weights[there] * np.broadcast_to(there.sum(axis=1, keepdims=True), there.shape)[there]
+        odds = np.zeros(there.shape)
+        odds[there] = scaled / (1 - scaled)
+        sums = np.maximum(odds.sum(axis=1, keepdims=True), 1e-12)
+        np.testing.assert_allclose(odds / sums, taken(inputs)[1], rtol=1e-5)
+    assert pooled.shape == (6, 8) and (weights[~there] == 0).all() and (pooled[~there.any(axis=1)] == 0).all()
+
+
+def test_attention_branch_with_moments_takes_the_length_of_its_own_slices():
+    slices, mask = keras.Input((3, 2)), keras.Input((3,), dtype="bool")
+    moments = (np.array([1.0, -2.0]), np.array([4.0, 0.25]))
+    embedding, _ = models.attention_branch(slices, mask, "t1", width=4, units=2, dropout=0.0, moments=moments)
+    model = keras.Model([slices, mask], embedding)
+    kernel, score = np.float32([[1, 0, -1, 0], [0, 1, 0, 0]]), np.zeros((2, 1))
+    model.get_layer("t1_embed").set_weights([kernel, np.zeros(4)])
+    model.get_layer("t1_pooled").set_weights([np.zeros((4, 2)), np.zeros((4, 2)), score])
+    # One deviation above the mean and two, over √2; the third place, out of the mask, has nothing in it.
+    batch = [np.float32([[[3, -1.5], [5, -1], [np.nan, 9]]]), np.array([[True, True, False]])]
+    np.testing.assert_allclose(model(batch), [[1.5 / 2**0.5, 1.5 / 2**0.5, 0, 0]], rtol=1e-6)

@@ -29,7 +29,6 @@ from kerasmed.systems.lumbar.config import ATTENTION, AVERAGE, MEDICALNET, Confi
 from kerasmed.systems.lumbar.shared import BRANCHES, CONDITIONS, TEST, Data, Part, never_asked
 
 _CALIBRATION_SLICES, _CALIBRATION_VOLUMES = 1024, 32
-_LEAST_VARIANCE = 1e-3  # of a feature, over the mean of all
 
 
 class Attended(NamedTuple):
@@ -134,29 +133,59 @@ def encode(
         run: the run folder.
     """
     kind = "planes" if method == MEDICALNET else "slices"
-    folder, table = run / "features" / f"{kind}-{normalisation}", found.volumes.table
+    folder = run / "features" / f"{kind}-{normalisation}"
     if not (folder / "index.csv").exists():
         encoder, receipt = (volume_encoder if kind == "planes" else slice_encoder)(config, found, normalisation, parts)
         runs.write_json(run / "encoders" / f"{kind}-{normalisation}.json", receipt)
         runs.write_model(run / "encoders" / f"{kind}-{normalisation}.keras", encoder)
-        load = functools.partial(series.load, found.volumes, normalisation)
-        if kind == "planes":
-            embeddings.encode_volumes(encoder, len(table), load, folder)
-            counts = np.full(len(table), encoder.output_shape[1])
-        else:
-            counts = table["slices"].to_numpy()
-            embeddings.encode_slices(encoder, counts, load, folder, batch_size=config.encode_batch_size)
-        index = table.loc[np.repeat(np.arange(len(table)), counts), ["study_id", "series_id", "modality"]]
-        index = index.assign(position=np.concatenate([np.arange(count) for count in counts]))
+        index = encode_series(encoder, kind, found.volumes, normalisation, folder, batch_size=config.encode_batch_size)[
+            1
+        ]
         runs.write_table(folder / "index.csv", index)
+    return open_features(found, folder)
+
+
+def encode_series(
+    encoder: keras.Model,
+    kind: str,
+    volumes: series.Volumes,
+    normalisation: str,
+    folder: Path,
+    *,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Turn every series into vectors of its slices, or of its depths; features.npy is written to the folder.
+
+    Returns:
+        Memory map (num_rows, num_features), and a row a vector: study_id, series_id, modality, position.
+    """
+    table, load = volumes.table, functools.partial(series.load, volumes, normalisation)
+    if kind == "planes":
+        values = embeddings.encode_volumes(encoder, len(table), load, folder, progress=progress)
+        counts = np.full(len(table), encoder.output_shape[1])
+    else:
+        counts = table["slices"].to_numpy()
+        values = embeddings.encode_slices(encoder, counts, load, folder, batch_size=batch_size, progress=progress)
+    index = table.loc[np.repeat(np.arange(len(table)), counts), ["study_id", "series_id", "modality"]]
+    return values, index.assign(position=np.concatenate([np.arange(count) for count in counts])).reset_index(drop=True)
+
+
+def open_features(found: Data, folder: Path) -> Features:
+    """Open the vectors that `encode` has written.
+
+    Raises:
+        ValueError: they are not of the series that can be read now.
+    """
     values = np.load(folder / "features.npy", mmap_mode="r")
     index = pd.read_csv(folder / "index.csv", dtype={"study_id": str, "series_id": str})
     counted = index.groupby(["study_id", "series_id"], sort=False).size()
-    wanted = table.set_index(["study_id", "series_id"])["slices"]
-    if not counted.index.equals(wanted.index) or (kind == "slices" and (counted != wanted).any()):
+    wanted = found.volumes.table.set_index(["study_id", "series_id"])["slices"]
+    slices = folder.name.startswith("slices")
+    if not counted.index.equals(wanted.index) or (slices and (counted != wanted).any()):
         raise ValueError(
-            f"{folder} holds {len(index)} vectors of {len(counted)} series, but {len(table)} series of {wanted.sum()} "
-            "slices can be read now; delete that folder and run again."
+            f"{folder} holds {len(index)} vectors of {len(counted)} series, but {len(wanted)} series of {wanted.sum()} "
+            "slices can be read now; delete that folder and run 02_lumbar_embeddings again."
         )
     return Features(values.reshape(len(index), -1), index)
 
@@ -246,14 +275,7 @@ def attend(
 
 def _network(config, features, rows, part) -> keras.Model:
     """Build the attention network, each branch standardised by its training slices."""
-    moments = {}
-    for branch, bags in rows.items():
-        chosen = bags[part.train]
-        values = features.values[chosen[chosen >= 0]]
-        if len(values):
-            variance = values.var(axis=0)
-            # A feature that hardly varies in training must not become all that counts in another study.
-            moments[branch] = values.mean(axis=0), np.maximum(variance, _LEAST_VARIANCE * variance.mean() + 1e-12)
+    moments = {branch: embeddings.moments(features.values, bags[part.train]) for branch, bags in rows.items()}
     return models.attention_classifier(
         {BRANCHES[condition]: len(data.targets_of(condition)) for condition in CONDITIONS},
         next(iter(rows.values())).shape[1],

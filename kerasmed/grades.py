@@ -17,7 +17,7 @@ ANY_SEVERE = "any_severe_spinal"
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "log_loss", "weighted_log_loss")
 TARGET = ["condition", "side", "level"]  # what is graded in a study
 _NUM_GRADES = len(SAMPLE_WEIGHTS)
-_SLACK = 0.01  # how far the probabilities of a row may be from a sum of 1, as rounded in a CSV file
+_SLACK = 0.01 + 1e-9  # how far the probabilities of a row may be from a sum of 1, as rounded in a CSV file
 
 
 def weighted_log_loss(

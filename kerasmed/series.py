@@ -248,12 +248,13 @@ def convert(
     window: bool = False,
     jobs: int = -1,
     max_quarantined_share: float = 0.05,
+    folder=None,
     progress: bool = True,
 ) -> Volumes:
     """Write each series of a manifest as uint8 arrays (slices, height, width), or open what an earlier call wrote.
 
-    A series is decoded once. Its arrays are `<cache>/<fingerprint>/<normalisation>/<study>/<series>.npy`, its table
-    rows `<cache>/<fingerprint>/series/<study>/<series>.json`; each is written whole, the rows last, so that a killed
+    A series is decoded once. Its arrays are `<folder>/<fingerprint>/<normalisation>/<study>/<series>.npy`, its table
+    rows `<folder>/<fingerprint>/series/<study>/<series>.json`; each is written whole, the rows last, so that a killed
     call goes on where it stopped. index.csv, written after all others, marks the end. The fingerprint covers the
     manifest's columns, the names, sizes and modification times of the series' files, the options and the sources.
     Series with files that the system refused, or that no decoder at hand could read, are tried again by every call.
@@ -272,6 +273,7 @@ def convert(
         normalisations: of `NORMALISATIONS`, see `normalise`; window likewise.
         jobs: joblib workers; -1 for one per core.
         max_quarantined_share: stop where more than this share of the files, or of the series, cannot be read.
+        folder: where all is written; None for the cache (`kerasmed.paths.cache_root`).
         progress: show a bar.
 
     Returns:
@@ -287,7 +289,7 @@ def convert(
     asked = _asked(manifest)
     files = [_files(root / row.series_path) for row in asked.itertuples()]
     options = (tuple(image_size), sorted(normalisations), bool(window))
-    target = paths.cache_root() / _fingerprint(asked, files, options)
+    target = Path(folder or paths.cache_root()) / _fingerprint(asked, files, options)
     if not (target / "index.csv").exists() or any(map(_may_pass, _read_csv(target / "quarantine.csv")["reason"])):
         (target / "index.csv").unlink(missing_ok=True)
         _build(target, asked, root, files, tuple(image_size), normalisations, window, jobs, progress)

@@ -16,7 +16,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import get_decoder
 
-from kerasmed import dicom, series
+from kerasmed import dicom, paths, series
 
 WHEEL = Path(pydicom.__path__[0]) / "data" / "test_files"  # test files that come with the library
 AXIAL, SAGITTAL, CORONAL = (1, 0, 0, 0, 1, 0), (0, 1, 0, 0, 0, -1), (1, 0, 0, 0, 0, -1)
@@ -409,6 +409,15 @@ def test_convert_again_decodes_nothing_and_gives_the_same(spine, decoded):
     assert len(decoded) == 12 and one.folder == two.folder
     for name in ("table", "slices", "quarantine"):
         pd.testing.assert_frame_equal(getattr(one, name), getattr(two, name))
+
+
+def test_convert_into_a_folder_leaves_the_cache_alone(spine, tmp_path):
+    volumes = _convert(spine, folder=tmp_path / "own")
+    assert volumes.folder.parent == tmp_path / "own" and not paths.cache_root().exists()
+    again = _convert(spine)
+    assert again.folder == paths.cache_root() / volumes.folder.name
+    for row in range(len(again.table)):
+        np.testing.assert_array_equal(series.load(volumes, "gsl", row), series.load(again, "gsl", row))
 
 
 def test_convert_two_normalisations_decode_once(spine, decoded):

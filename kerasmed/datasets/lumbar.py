@@ -65,6 +65,10 @@ TABLES = (
 )
 
 _IMAGES = "train_images"
+_TOLD = [f"p_{grade}" for grade in GRADES]
+_SUBMITTED = ["normal_mild", "moderate", "severe"]  # the same grades, as a submission spells them
+# Two decimals can be 0.01 off in sum; the rest is for their binary form.
+_SLACK = 0.01 + 1e-9
 
 
 def folder(root) -> Path | None:
@@ -118,7 +122,7 @@ def read(root, part: str = PART) -> pd.DataFrame:
     if part not in CLASS_NAMES:
         raise ValueError(f"part {part!r} is unknown; known is {', '.join(CLASS_NAMES)}.")
     home = part_folder(root, part)
-    studies, described, found = _read_grades(home), _read_descriptions(home), _list_series(home)
+    studies, described, found = _read_grades(home), _read_descriptions(home), list_series(home / _IMAGES)
     _warn(studies, described, found)
     table = _present(home, studies, described, found)
     known = studies.set_index("study_id")
@@ -156,7 +160,7 @@ def read_studies(root) -> pd.DataFrame:
     """
     home = part_folder(root, PART)
     studies = _read_grades(home)
-    present = _present(home, studies, _read_descriptions(home), _list_series(home))
+    present = _present(home, studies, _read_descriptions(home), list_series(home / _IMAGES))
     counts = pd.crosstab(present["study_id"], present["modality"])
     counts = counts.reindex(index=studies["study_id"], columns=list(MODALITIES), fill_value=0)
     return pd.concat([studies, counts.reset_index(drop=True).rename_axis(columns=None)], axis=1)
@@ -265,12 +269,20 @@ def _warn(studies: pd.DataFrame, described: pd.DataFrame, found: dict) -> None:
             logger.warning("%d %s: %s", len(found_so), what, ", ".join(found_so[:3]))
 
 
-def _list_series(home: Path) -> dict[tuple[str, str], list[str]]:
-    """List the slices of every series that has some: (study, series) -> names in the order of their numbers."""
+def list_series(folder, studies: Sequence[str] | None = None) -> dict[tuple[str, str], list[str]]:
+    """List the slices of every series that has some, without opening any: visible files that end in .dcm.
+
+    Args:
+        folder: that holds `<study>/<series>/<instance>.dcm`; an absent one has no series.
+        studies: names of folders in it; None for all.
+
+    Returns:
+        dict (study, series) -> names of files, in the order of their numbers.
+    """
     found = {}
-    for study in _folders(f"{home}/{_IMAGES}"):
-        for series in _folders(f"{home}/{_IMAGES}/{study}"):
-            names = os.listdir(f"{home}/{_IMAGES}/{study}/{series}")
+    for study in _folders(f"{folder}") if studies is None else studies:
+        for series in _folders(f"{folder}/{study}"):
+            names = os.listdir(f"{folder}/{study}/{series}")
             names = [name for name in names if name[-4:].lower() == ".dcm" and name[0] != "."]
             if names:
                 found[study, series] = sorted(names, key=lambda name: _by_number(name[:-4]))
@@ -291,6 +303,108 @@ def _by_number(name: str) -> tuple:
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
+# --- submissions -----------------------------------------------------------------------------------------------------
+
+
+def submission(table: pd.DataFrame) -> pd.DataFrame:
+    """Lay answers out as the RSNA 2024 lumbar competition takes them; write with `to_csv(path, index=False)`.
+
+    The competition scores 25 targets of every study, in any order of rows, and refuses values that are not finite or
+    below 0.
+
+    Args:
+        table: a row a study and target, in any order: study_id (whole number, as text or int), condition, side ("" or
+            missing for the canal) and level as in `PLACES`, and p_<grade> of each of `GRADES`. Other columns are left
+            alone.
+
+    Returns:
+        DataFrame: row_id (text, <study_id>_<target>), normal_mild, moderate, severe (float); studies in the order in
+        which they first appear and, for each, the targets in the order of `TARGETS`.
+
+    Raises:
+        ValueError: columns are absent, a study_id is no whole number, a row is of no target, a study lacks a target or
+            has one twice, or probabilities are not finite, below 0, or more than 0.01 off a sum of 1.
+
+    Example:
+        >>> answers = long(pd.DataFrame({"study_id": ["44036939"]} | dict.fromkeys(TARGETS, 0)))
+        >>> answers = answers.assign(**{"p_Normal/Mild": 0.5, "p_Moderate": 0.25, "p_Severe": 0.25})
+        >>> print(submission(answers)[5:6].to_csv(index=False), end="")
+        row_id,normal_mild,moderate,severe
+        44036939_left_neural_foraminal_narrowing_l1_l2,0.5,0.25,0.25
+
+    Source: the competition's page, evaluation.
+    """
+    needed = ["study_id", "condition", "side", "level", *_TOLD]
+    absent = [name for name in needed if name not in table]
+    if absent:
+        raise ValueError(f"the table of answers lacks the columns {absent}; expected {needed}.")
+    source, names = "the table of answers", {place: target for target, place in PLACES.items()}
+    studies = table["study_id"].astype(object).map(str)
+    wrong = ~studies.str.fullmatch("[0-9]+")
+    _refuse_answers(source, studies, wrong, "have a study_id that is no whole number; pass it as text or int")
+    sides = table["side"].astype(object)
+    places = list(zip(table["condition"], sides.where(sides.notna(), ""), table["level"]))
+    _refuse_answers(
+        source,
+        [(study, *place) for study, place in zip(studies, places)],
+        [place not in names for place in places],
+        "are of no target; expected condition, side and level as in PLACES",
+    )
+    ids = pd.Index([f"{study}_{names[place]}" for study, place in zip(studies, places)], dtype=str)
+    _refuse_answers(source, ids, ids.duplicated(), "repeat a study and target; keep one of each")
+    wanted = pd.Index([f"{study}_{target}" for study in studies.unique() for target in TARGETS], dtype=str)
+    _refuse_answers(source, wanted, ~wanted.isin(ids), "are absent; answer each of the 25 targets of every study")
+    told = pd.DataFrame(_probabilities(source, ids, table[_TOLD]), index=ids, columns=_SUBMITTED)
+    return told.loc[wanted].rename_axis("row_id").reset_index()
+
+
+def read_submission(path) -> pd.DataFrame:
+    """Read what `submission` gives back from a CSV: the inverse, but for studies that lack targets, which are kept.
+
+    Args:
+        path: CSV with the columns row_id, normal_mild, moderate and severe, in any order; others are left alone.
+
+    Returns:
+        DataFrame in the order of the file: study_id (text), condition, side ("", "left" or "right"), level, and
+        p_<grade> (float) of each of `GRADES`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: columns are absent, a row_id is not <study_id>_<target> or is there twice, or values are no
+            probabilities, as in `submission`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is absent; expected a CSV with the columns row_id, {', '.join(_SUBMITTED)}.")
+    table = _read_table(path, ("row_id", *_SUBMITTED))
+    wrong = ~table["row_id"].str.fullmatch(f"[0-9]+_({'|'.join(TARGETS)})")
+    _refuse(path, table, "row_id", wrong, f"a study_id and a target, such as 44036939_{TARGETS[5]}")
+    _refuse_twice(path, table, ["row_id"])
+    told = pd.DataFrame(_probabilities(str(path), table["row_id"], table[_SUBMITTED]), columns=_TOLD)
+    parts = [row_id.split("_", maxsplit=1) for row_id in table["row_id"]]
+    places = [(study, *PLACES[target]) for study, target in parts]
+    return pd.concat([pd.DataFrame(places, columns=["study_id", "condition", "side", "level"]), told], axis=1)
+
+
+def _probabilities(source: str, ids: Sequence[str], table: pd.DataFrame) -> np.ndarray:
+    """Values as float64, shape (rows, 3); refuses rows that are no probabilities."""
+    told = table.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    # So asked, NaN and infinity fail as well.
+    wrong = ~((told >= 0).all(axis=1) & (np.abs(told.sum(axis=1) - 1) <= _SLACK))
+    rows = [f"{row_id}: {values}" for row_id, values in zip(ids, table.to_numpy(object).tolist())]
+    _refuse_answers(
+        source, rows, wrong, "are no probabilities: expected at least 0, with a sum of 1; pass a softmax, no logits"
+    )
+    return told
+
+
+def _refuse_answers(source: str, names: Sequence, wrong: Sequence[bool], what: str) -> None:
+    """Refuse rows by what they hold, since a table of answers need not come from a file with lines."""
+    first = [name for name, is_wrong in zip(names, wrong) if is_wrong]
+    if first:
+        raise ValueError(f"{source}: {len(first)} of {len(names)} rows {what}. First: {first[:3]}.")
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -306,15 +420,31 @@ def _read_grades(home: Path) -> pd.DataFrame:
     return pd.concat([table["study_id"], table[list(TARGETS)].apply(lambda words: words.map(codes))], axis=1)
 
 
-def _read_descriptions(home: Path) -> pd.DataFrame:
-    """Read train_series_descriptions.csv: study_id, series_id, modality."""
-    path = home / "train_series_descriptions.csv"
+def read_descriptions(path) -> pd.DataFrame:
+    """Read train_series_descriptions.csv or test_series_descriptions.csv: of which modality a series is.
+
+    Returns:
+        DataFrame in the order of the file: study_id, series_id (text) and modality, which is what the table says,
+        whether it is one of `MODALITIES` or not.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: columns are absent, an id is no whole number, or a series is there twice.
+    """
+    path = Path(path)
     table = _read_table(path, ("study_id", "series_id", "series_description"))
     _refuse_ids(path, table, ["study_id", "series_id"])
     _refuse_twice(path, table, ["study_id", "series_id"])
-    wrong = ~table["series_description"].isin(MODALITIES)
-    _refuse(path, table, "series_description", wrong, f"one of {', '.join(MODALITIES)}")
     return table.rename(columns={"series_description": "modality"})
+
+
+def _read_descriptions(home: Path) -> pd.DataFrame:
+    """Read train_series_descriptions.csv, of which every series must be of one of `MODALITIES`."""
+    path = home / "train_series_descriptions.csv"
+    table = read_descriptions(path)
+    wrong, expected = ~table["modality"].isin(MODALITIES), f"one of {', '.join(MODALITIES)}"
+    _refuse(path, table.rename(columns={"modality": "series_description"}), "series_description", wrong, expected)
+    return table
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -192,6 +192,33 @@ def test_read_absent_files_and_unknown_part_are_refused(root, tmp_path):
         lumbar.read(root)
 
 
+def test_list_series_gives_files_by_number_of_all_studies_or_some(root):
+    images = root / "lumbar/train_images"
+    found = lumbar.list_series(images)
+    assert found == {
+        (study, series): sorted(files, key=lambda name: int(name[:-4]))
+        for study, of_study in SERIES.items()
+        for series, (_, files) in of_study.items()
+    }
+    assert found["7", "9"] == ["8.dcm", "9.dcm", "10.dcm", "100.dcm"]
+    assert lumbar.list_series(images, ["12"]) == {key: files for key, files in found.items() if key[0] == "12"}
+    assert lumbar.list_series(images, []) == lumbar.list_series(images / "none") == {}
+
+
+def test_read_descriptions_takes_any_modality_but_no_wrong_id(root, tmp_path):
+    path = tmp_path / "test_series_descriptions.csv"
+    text = (root / "lumbar/train_series_descriptions.csv").read_text()
+    path.write_text(text.replace("Sagittal T1", "Sagittal PD"))
+    table = lumbar.read_descriptions(path)
+    assert table.columns.tolist() == ["study_id", "series_id", "modality"] and len(table) == 6
+    assert table.loc[table["series_id"] == "100", "modality"].tolist() == ["Sagittal PD"]
+    path.write_text(text.replace("12,31", "12,x1"))
+    with pytest.raises(ValueError, match="test_series_descriptions.csv, column series_id: 1 of 6 .*row 3: 'x1'"):
+        lumbar.read_descriptions(path)
+    with pytest.raises(FileNotFoundError, match="none.csv is absent"):
+        lumbar.read_descriptions(tmp_path / "none.csv")
+
+
 # --- studies, grades, coordinates ------------------------------------------------------------------------------------
 
 
@@ -245,6 +272,150 @@ def test_read_coordinates_wrong_rows_are_refused(root, old, new, message):
     _edit(root, "train_label_coordinates.csv", lambda text: text.replace(old, new, 1))
     with pytest.raises(ValueError, match=message):
         lumbar.read_coordinates(root)
+
+
+# --- submissions -----------------------------------------------------------------------------------------------------
+
+TOLD = [f"p_{grade}" for grade in lumbar.GRADES]
+PLACE = ["study_id", "condition", "side", "level"]
+
+
+def _answers(*studies):
+    """Random answers to all targets of some studies, each other than the rest, in their order."""
+    table = lumbar.long(pd.DataFrame({"study_id": studies} | dict.fromkeys(lumbar.TARGETS, 0.0)))
+    table[TOLD] = np.random.default_rng(0).dirichlet([1, 1, 1], len(table))
+    return table
+
+
+def test_submission_one_study_has_the_rows_of_the_competition():
+    table = _answers(44036939)
+    table.loc[5, TOLD] = [0.5, 0.375, 0.125]
+    found = lumbar.submission(table)
+    assert list(found.columns) == ["row_id", "normal_mild", "moderate", "severe"] and len(found) == 25
+    assert found.loc[[0, 5, 24], "row_id"].tolist() == [
+        "44036939_spinal_canal_stenosis_l1_l2",
+        "44036939_left_neural_foraminal_narrowing_l1_l2",
+        "44036939_right_subarticular_stenosis_l5_s1",
+    ]
+    assert found.loc[5].tolist()[1:] == [0.5, 0.375, 0.125]
+    assert lumbar.submission(table.iloc[:0]).empty
+
+
+def test_submission_any_order_of_rows_keeps_studies_by_first_appearance():
+    table = _answers("12", "7")
+    expected = lumbar.submission(table)
+    assert expected["row_id"].tolist() == [f"{study}_{target}" for study in ("12", "7") for target in lumbar.TARGETS]
+    np.testing.assert_array_equal(expected.iloc[:, 1:], table[TOLD])
+    mixed = table.iloc[[0, *np.random.default_rng(1).permutation(np.arange(1, 50))]]  # "12" still comes first
+    pd.testing.assert_frame_equal(lumbar.submission(mixed), expected)
+    assert lumbar.submission(table[::-1])["row_id"].iloc[0] == "7_spinal_canal_stenosis_l1_l2"
+
+
+def test_submission_missing_side_and_number_as_id_change_nothing():
+    table = _answers(12, 7)
+    changed = table.assign(side=table["side"].replace("", np.nan), study_id=table["study_id"].astype("category"))
+    pd.testing.assert_frame_equal(lumbar.submission(changed), lumbar.submission(_answers("12", "7")))
+
+
+def test_read_submission_gives_the_answers_back(tmp_path):
+    table = _answers("12", "7")
+    lumbar.submission(table).to_csv(tmp_path / "submission.csv", index=False)
+    lines = (tmp_path / "submission.csv").read_text().splitlines()
+    assert lines[0] == "row_id,normal_mild,moderate,severe"
+    assert lines[25].startswith("12_right_subarticular_stenosis_l5_s1,")
+    found = lumbar.read_submission(tmp_path / "submission.csv")
+    assert list(found.columns) == [*PLACE, *TOLD]
+    assert found[PLACE].to_numpy().tolist() == table[PLACE].to_numpy().tolist()
+    np.testing.assert_array_equal(found[TOLD], table[TOLD])  # to the bit: written as repr
+
+
+def test_read_submission_other_order_bom_and_columns_change_nothing(tmp_path):
+    path = tmp_path / "submission.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbfsevere,remark,row_id,normal_mild,moderate\r\n"
+        b"0.25,x,007_right_subarticular_stenosis_l5_s1,0.5,2.5e-1\r\n1,,007_spinal_canal_stenosis_l1_l2,0,0\r\n"
+    )
+    assert lumbar.read_submission(path).to_numpy().tolist() == [
+        ["007", "subarticular_stenosis", "right", "l5_s1", 0.5, 0.25, 0.25],
+        ["007", "spinal_canal_stenosis", "", "l1_l2", 0.0, 0.0, 1.0],
+    ]
+    path.write_text("row_id,normal_mild,moderate,severe\n")
+    assert lumbar.read_submission(path).empty
+
+
+@pytest.mark.parametrize("told", [[0.33, 0.33, 0.33], [0.34, 0.34, 0.33], [1, 0, 0]])
+def test_submission_sums_of_rounded_values_are_taken(told):
+    table = _answers(1)
+    table[TOLD] = told
+    np.testing.assert_array_equal(lumbar.submission(table).iloc[:, 1:], [told] * 25)
+
+
+@pytest.mark.parametrize(
+    "told", [[0.33, 0.33, 0.329], [0.5, np.nan, 0.5], [1.25, -0.25, 0], [np.inf, 0, 0], [1, 0, "none"], [1, 0, None]]
+)
+def test_submission_values_that_are_no_probabilities_are_refused_by_row_id(told):
+    table = _answers(1).astype(dict.fromkeys(TOLD, object))
+    table.loc[3, TOLD] = told
+    with pytest.raises(
+        ValueError, match=r"answers: 1 of 25 rows are no probab.*First: .*1_spinal_canal_stenosis_l4_l5: "
+    ):
+        lumbar.submission(table)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda table: table.drop(columns="p_Severe"), r"lacks the columns \['p_Severe'\]"),
+        (lambda table: table.replace({"study_id": {"7": "7.0"}}), r"25 of 50 rows have a study_id .*First: \['7.0'"),
+        (lambda table: table.assign(side="left"), r"10 of 50 rows are of no target.*'12', 'spinal_canal_s.*', 'left'"),
+        (lambda table: table.replace("l4_l5", "l5_l6"), r"10 of 50 rows are of no target.*First: .*'', 'l5_l6'"),
+        (
+            lambda table: table.drop(index=[3, 40]),
+            r"2 of 50 rows are absent.*\['12_spinal_canal_stenosis_l4_l5', '7_left",
+        ),
+        (lambda table: pd.concat([table, table[7:8]]), r"1 of 51 rows repeat .*\['12_left_neural.*_l3_l4'\]"),
+    ],
+)
+def test_submission_wrong_tables_are_refused_by_row(edit, message):
+    with pytest.raises(ValueError, match=message):
+        lumbar.submission(edit(_answers("12", "7")))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("moderate", "Moderate", r"lacks the columns \['moderate'\]"),
+        ("7_spinal", "x_spinal", r"column row_id: 1 of 25 values are not a study_id and a target.*row 2: 'x_spinal"),
+        ("canal_stenosis_l2_l3", "canal_stenosis", r"column row_id: 1 of 25 .*row 3: '7_spinal_canal_stenosis'"),
+        ("l1_l2,", "l1_l2_,", r"column row_id: 1 of 25 .*row 2: '7_spinal_canal_stenosis_l1_l2_'"),
+        (
+            "7_left_neural",
+            "7_right_neural",
+            r"has row_id twice 1 times.*row 12: 7_right_neural_foraminal_narrowing_l1_l2",
+        ),
+        (
+            "0.5,0.25,0.25",
+            "0.5,,0.25",
+            r"1 of 25 rows are no probabilities.*7_spinal_canal_stenosis_l1_l2: \['0.5', '', ",
+        ),
+        ("0.5,0.25,0.25", "0.5,0.25,0.5", r"1 of 25 rows are no probabilities"),
+        ("0.5,0.25,0.25", "0.75,0.5,-0.25", r"1 of 25 rows are no probabilities"),
+    ],
+)
+def test_read_submission_wrong_files_are_refused_by_row(tmp_path, old, new, message):
+    table = _answers("7")
+    table[TOLD] = [0.5, 0.25, 0.25]
+    path = tmp_path / "submission.csv"
+    path.write_text(lumbar.submission(table).to_csv(index=False).replace(old, new, 1))
+    with pytest.raises(ValueError, match=message):
+        lumbar.read_submission(path)
+
+
+def test_read_submission_absent_file_is_refused(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="none.csv is absent; expected a CSV with the columns row_id, normal_mild"
+    ):
+        lumbar.read_submission(tmp_path / "none.csv")
 
 
 # --- check and fetch -------------------------------------------------------------------------------------------------

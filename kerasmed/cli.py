@@ -403,6 +403,10 @@ def predict(system, path, run_, out, models_root):
 
     With mura, studies are predicted: DICOM files of one study, or images that lie in one folder, are one; so is a file
     that is named alone.
+
+    With lumbar, PATH is a folder of studies (<study>/<series>/<instance>.dcm), one study, or a folder that holds
+    train_images, test_images or images with studies; a table *series_descriptions.csv beside or above the studies says
+    which modality a series is. The CSV has the columns that the RSNA 2024 competition takes, 25 rows a study.
     """
     import importlib
 
@@ -411,11 +415,6 @@ def predict(system, path, run_, out, models_root):
     _usage(datasets.reader, system)
     environment.setup(seed=0)
     recipe = importlib.import_module(f"kerasmed.systems.{system}")
-    if not hasattr(recipe, "predict"):
-        raise click.UsageError(
-            f"{system} has no prediction of raw files: its models answer from the series of a whole study. Lay the "
-            f"studies out as its data are, and run {recipe.NOTEBOOK} on them."
-        )
     folder = _usage(runs.find, system, recipe.NOTEBOOK, run=run_, models_root=models_root)
     if runs.read_json(folder / "environment.json")["data_source"] == "synthetic":
         click.secho(
@@ -426,12 +425,13 @@ def predict(system, path, run_, out, models_root):
         table = _usage(recipe.predict, folder, path, progress=sys.stderr.isatty())
         table.to_csv(temporary, index=False)
     what, named = ("studies", "study_path") if "study_path" in table else ("images", "image_path")
-    told = table.filter(regex="^p_").notna().any(axis=1)
+    answers = table.filter(regex="^p_|^normal_mild$").notna().any(axis=1)
+    told = answers.groupby(table[named], sort=False).any()  # a study may have a row a target
     alone = f" ({(table['images'] == 1).sum()} of one image)" if "images" in table else ""
-    click.echo(f"{told.sum()} of {len(table)} {what}{alone} predicted with {folder.name}, written to {out}")
-    unreadable = table[table["error"] != ""]
+    click.echo(f"{told.sum()} of {len(told)} {what}{alone} predicted with {folder.name}, written to {out}")
+    unreadable = table[table["error"] != ""].drop_duplicates(named)
     for name, error in unreadable[[named, "error"]].head(10).itertuples(index=False):
-        click.echo(f"  not read: {name}: {error}", err=True)
+        click.echo(f"  {'not read in full' if told[name] else 'not read'}: {name}: {error}", err=True)
     if len(unreadable) > 10:
         click.echo(f"  and {len(unreadable) - 10} more; see the column `error`", err=True)
     sys.exit(0 if told.any() else 1)

@@ -79,14 +79,14 @@ def test_data_table_writes_images_and_studies_with_a_header(tmp_path):
     assert set(table["study_path"]) == found and table["images"].sum() == len(pd.read_csv(images))
 
 
-def test_data_table_of_graded_studies_has_their_grades_and_predict_says_what_to_do(tmp_path):
+def test_data_table_of_graded_studies_has_their_grades_and_predict_wants_a_run(tmp_path):
     root = datasets.write_synthetic("lumbar", tmp_path / "s", studies=10, image_side=(48, 50))
     done = _call("data", "table", "lumbar", "--studies", "--out", tmp_path / "t.csv", "--data-root", root)
     table = pd.read_csv(tmp_path / "t.csv")
     assert done.exit_code == 0 and len(table) == 10
     assert {"study_id", "Axial T2", "spinal_canal_stenosis_l1_l2"} <= set(table)
     done = _call("predict", "lumbar", root, "--out", tmp_path / "p.csv", "--models-root", tmp_path / "m")
-    assert done.exit_code == 2 and "run 02_lumbar_embeddings on them" in done.output
+    assert done.exit_code == 2 and "no complete run of 03_lumbar_fusion" in done.output
 
 
 def test_data_table_wants_a_part_where_there_are_several(brain_root, tmp_path):

@@ -42,8 +42,8 @@ class Question(NamedTuple):
     asked: pd.DataFrame
 
 
-def rows_of(found: Data) -> pd.DataFrame:
-    """List what can be answered: every target of every study whose paired modality is there.
+def rows_of(found: Data, *, paired: bool = True) -> pd.DataFrame:
+    """List what can be answered: every target of every study, or of those alone whose paired modality is there.
 
     Returns:
         DataFrame: study (position in the studies), study_id, condition, side, level, target, grade (NaN where blank).
@@ -51,6 +51,8 @@ def rows_of(found: Data) -> pd.DataFrame:
     table = data.long(found.studies)
     position = pd.Series(np.arange(len(found.studies)), index=found.studies["study_id"])
     table.insert(0, "study", position.reindex(table["study_id"]).to_numpy())
+    if not paired:
+        return table
     present = {name: found.studies[data.PAIRED[name]].to_numpy() > 0 for name in CONDITIONS}
     there = np.zeros(len(table), bool)
     for name, has in present.items():
@@ -59,12 +61,15 @@ def rows_of(found: Data) -> pd.DataFrame:
     return table[there].reset_index(drop=True)
 
 
-def questions(found: Data, parts: Sequence[Part], *, impute_labels: bool = False, seed: int = 0) -> list[Question]:
+def questions(
+    found: Data, parts: Sequence[Part], *, paired: bool = True, impute_labels: bool = False, seed: int = 0
+) -> list[Question]:
     """Pair what is learnt from with what is asked, for each part and condition; only known grades are in either.
 
     Args:
         found: of `kerasmed.systems.lumbar.shared.read`.
         parts: of `split`.
+        paired: leave out rows of studies that lack the condition's modality.
         impute_labels: fill the blank grades of the studies that are learnt from by random forests; never of the others.
         seed: of the forests.
 
@@ -72,12 +77,12 @@ def questions(found: Data, parts: Sequence[Part], *, impute_labels: bool = False
         ValueError: a condition has fewer than two grades to learn from, or among what the test asks, or a fold asks
             nothing of it.
     """
-    known, listed = rows_of(found), []
+    known, listed = rows_of(found, paired=paired), []
     for part in parts:
         learnt_from = known
         if impute_labels:
             complete = fill_blank_grades(found.studies, part.learnt, seed=seed)
-            learnt_from = rows_of(found._replace(studies=complete))
+            learnt_from = rows_of(found._replace(studies=complete), paired=paired)
         for condition in CONDITIONS:
             learnt, asked = (
                 table[(table["condition"] == condition) & table["study"].isin(positions) & table["grade"].notna()]

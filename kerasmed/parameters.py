@@ -12,3 +12,9 @@ def refuse(name: str, value, fits, expected: str) -> None:
     """Raise ValueError where a parameter does not fit, saying which, what it is and what is expected."""
     if not fits:
         raise ValueError(f"parameter `{name}` is {value!r}; expected {expected}.")
+
+
+def refuse_others(name: str, given, known, *, empty: bool = False) -> None:
+    """Raise ValueError where a list parameter repeats itself, holds an unknown value or, unless `empty`, no value."""
+    fits = (empty or bool(given)) and set(given) <= set(known) and len(set(given)) == len(given)
+    refuse(name, given, fits, f"some of {', '.join(known)}, each but once")

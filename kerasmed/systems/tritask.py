@@ -36,7 +36,7 @@ from kerasmed import (
 )
 from kerasmed.datasets import tritask as data
 from kerasmed.manifest import SPLITS, targets
-from kerasmed.parameters import refuse
+from kerasmed.parameters import refuse, refuse_others
 from kerasmed.training import Trained, Variant
 
 NOTEBOOK = "09_tritask_dedup"  # whose runs `predict` uses
@@ -102,9 +102,7 @@ class Config:
             "accepted": audit.FAILING,
         }
         for name, known in some_of.items():
-            given = getattr(self, name)
-            fits = set(given) <= set(known) and len(set(given)) == len(given)
-            refuse(name, given, fits, f"some of {', '.join(known)}, each but once")
+            refuse_others(name, getattr(self, name), known, empty=True)
         refuse("networks", self.networks, self.networks, "at least one")
         backbones.refuse_unfit(self.networks, self.weights, self.image_size)
         refuse(

@@ -26,7 +26,7 @@ from kerasmed import (
 )
 from kerasmed.datasets.chest import NO_FINDING
 from kerasmed.manifest import targets
-from kerasmed.parameters import refuse
+from kerasmed.parameters import refuse, refuse_others
 from kerasmed.systems.chest import shared
 from kerasmed.systems.chest.shared import LABELS
 from kerasmed.training import Trained, Variant
@@ -84,9 +84,7 @@ class Config:
             "compare_losses": [name for name in shared.LOSSES if name != self.loss],
         }
         for name, known in some_of.items():
-            given = getattr(self, name)
-            fits = set(given) <= set(known) and len(set(given)) == len(given)
-            refuse(name, given, fits, f"some of {', '.join(known)}, each but once")
+            refuse_others(name, getattr(self, name), known, empty=True)
         refuse("networks", self.networks, self.networks, "at least one")
         backbones.refuse_unfit(self.networks, self.weights, self.image_size)
         backbones.refuse_unfit(self.step_only, "none", self.image_size)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kerasmed import audit, backbones, classifiers, medicalnet, series
-from kerasmed.parameters import refuse
+from kerasmed.parameters import refuse, refuse_others
 
 AVERAGE, ATTENTION, MEDICALNET = "average", "attention", "medicalnet"
 METHODS = (AVERAGE, ATTENTION, MEDICALNET)
@@ -62,9 +62,7 @@ class Config:
             "samplings": classifiers.SAMPLINGS,
         }
         for name, values in known.items():
-            given = getattr(self, name)
-            fits = bool(given) and set(given) <= set(values) and len(set(given)) == len(given)
-            refuse(name, given, fits, f"some of {', '.join(values)}, each but once")
+            refuse_others(name, getattr(self, name), values)
         refuse(
             "accepted", self.accepted, set(self.accepted) <= set(audit.FAILING), f"some of {', '.join(audit.FAILING)}"
         )

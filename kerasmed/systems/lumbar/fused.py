@@ -21,7 +21,7 @@ import pandas as pd
 from kerasmed import audit, embeddings, environment, grades, losses, modalities, pipelines, runs, training
 from kerasmed.datasets import lumbar as data
 from kerasmed.embeddings import Features
-from kerasmed.parameters import refuse
+from kerasmed.parameters import refuse, refuse_others
 from kerasmed.systems.lumbar import embedded, grid, shared
 from kerasmed.systems.lumbar.shared import BRANCHES, CONDITIONS, MODALITIES, TARGETS, TEST, Data, Part
 
@@ -66,10 +66,8 @@ class Config:
     bootstraps: int
 
     def __post_init__(self):
-        for name, known in (("architectures", modalities.ARCHITECTURES), ("strategies", modalities.STRATEGIES)):
-            given = getattr(self, name)
-            fits = bool(given) and set(given) <= set(known) and len(set(given)) == len(given)
-            refuse(name, given, fits, f"some of {', '.join(known)}, each but once")
+        refuse_others("architectures", self.architectures, modalities.ARCHITECTURES)
+        refuse_others("strategies", self.strategies, modalities.STRATEGIES)
         refuse(
             "strategies", self.strategies, "zero" in self.strategies, "zero among them, which the others are held to"
         )

@@ -406,7 +406,9 @@ def predict(system, path, run_, out, models_root):
 
     With lumbar, PATH is a folder of studies (<study>/<series>/<instance>.dcm), one study, or a folder that holds
     train_images, test_images or images with studies; a table *series_descriptions.csv beside or above the studies says
-    which modality a series is. The CSV has the columns that the RSNA 2024 competition takes, 25 rows a study.
+    which modality a series is. The CSV has 25 rows a study, the columns that the RSNA 2024 competition takes, and three
+    more: study_path, modalities and error. A study that cannot be answered has empty values, which the competition
+    refuses.
     """
     import importlib
 

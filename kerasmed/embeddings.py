@@ -20,6 +20,7 @@ from kerasmed import progress as bars
 
 SHARD_SLICES = 2048
 SHARD_VOLUMES = 64
+_PLACES = 16  # slices, by which a batch of bags grows
 _LEAST_VARIANCE = 1e-3  # of a feature, over the mean of all
 
 
@@ -286,7 +287,10 @@ def stack_bags(bags: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def modality_inputs(values: np.ndarray, bags: np.ndarray, shown: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Gather what `kerasmed.modalities.graded_fusion` takes.
+    """Gather what `kerasmed.modalities.graded_fusion` takes, of no more places than these studies need.
+
+    A few studies of a set have many more slices than the rest. The number of places is rounded up to a multiple of 16,
+    so that batches come in few shapes.
 
     Args:
         values: float32, shape (num_rows, num_features).
@@ -300,6 +304,8 @@ def modality_inputs(values: np.ndarray, bags: np.ndarray, shown: np.ndarray | No
     Raises:
         ValueError: a study without any modality, or of which none is shown.
     """
+    longest = int((bags >= 0).sum(axis=-1).max(initial=0))
+    bags = bags[..., : -(-longest // _PLACES) * _PLACES]
     mask = bags >= 0
     if shown is not None:
         mask = mask & shown[..., None]
@@ -353,7 +359,8 @@ def dataset(
     """Make a `tf.data.Dataset` of gathered rows: shuffled anew every epoch and without end, or each once, in order.
 
     Args:
-        gather: function of int positions -> dict of arrays, whose first axis goes along with them.
+        gather: function of int positions -> dict of arrays, whose first axis goes along with them; another axis may
+            differ in length by batch, if it has length 0 for no positions.
         count: of rows: positions are 0 to `count` - 1.
         targets: shape (count, ...); None for prediction.
         batch_size: rows a batch.
@@ -379,8 +386,12 @@ def dataset(
             epoch += 1
         yield from (one(np.arange(count), index) for index in range(steps))
 
+    # Of no rows, an axis whose length goes by the rows has length 0.
     empty = gather(np.zeros(0, int))
-    signature = {name: tf.TensorSpec((None, *array.shape[1:]), array.dtype) for name, array in empty.items()}
+    signature = {
+        name: tf.TensorSpec((None, *(size or None for size in array.shape[1:])), array.dtype)
+        for name, array in empty.items()
+    }
     if targets is not None:
         signature = (signature, tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
     found = tf.data.Dataset.from_generator(generate, output_signature=signature)

@@ -232,13 +232,16 @@ def multiclass(
     areas = np.stack(
         [auroc(class_ids == position, probabilities[:, position], weights) for position in range(num_classes)], axis=1
     )
-    # A draw always holds an image, so at least one class occurs; AUROC needs two.
-    macro_area = ratio(np.nansum(areas, axis=1), np.isfinite(areas).sum(axis=1))
+
+    def over_classes(values):
+        return ratio(np.nansum(values, axis=1), np.isfinite(values).sum(axis=1))
+
+    # AUROC needs two classes; a draw may hold no image, where others than these were drawn as well.
     results = {
-        ("accuracy", "all"): right.sum(axis=1) / total,
-        ("balanced_accuracy", "all"): np.nanmean(sensitivity, axis=1),
-        ("macro_f1", "all"): np.nanmean(f1, axis=1),
-        ("macro_auroc", "all"): macro_area,
+        ("accuracy", "all"): ratio(right.sum(axis=1), total),
+        ("balanced_accuracy", "all"): over_classes(sensitivity),
+        ("macro_f1", "all"): over_classes(f1),
+        ("macro_auroc", "all"): over_classes(areas),
     }
     others = total[:, None] - true
     specificity = ratio(others - (predicted - right), others)

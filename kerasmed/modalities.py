@@ -280,7 +280,7 @@ class PseudoModality(_OfModalities):
 def graded_fusion(
     groups: Mapping[str, int],
     modalities: Sequence[str],
-    num_slices: int,
+    num_slices: int | None,
     num_features: int,
     *,
     architecture: str = "joint",
@@ -314,7 +314,7 @@ def graded_fusion(
     Args:
         groups: name -> number of targets, in the order of the targets; names are Python identifiers.
         modalities: names of the branches, Python identifiers, in the order of the inputs.
-        num_slices: S, places for slices.
+        num_slices: S, places for slices; None where it may differ by batch.
         num_features: D, length of a slice's vector.
         architecture: of `ARCHITECTURES`.
         strategy: of `STRATEGIES`.
@@ -324,7 +324,7 @@ def graded_fusion(
         attention_units: of the attention over slices.
         units: width of the convolutions and of the networks' hidden layers.
         dropout: share of features, and of what the networks' layers take, that is dropped while training, in [0, 1).
-        l2: penalty of squared weights of convolutions and networks.
+        l2: penalty of squared weights of convolutions and networks; the branches and the strategy have none.
         moments: of `attention_classifier`, by modality.
 
     Returns:
@@ -448,13 +448,13 @@ def learn_pseudo(
         Mean error of each epoch: squared error over variance, so 1 is what the mean vector would have.
 
     Raises:
-        ValueError: a model of another strategy, or no case.
+        ValueError: a model of another strategy, one whose `loss_weight` is 0, or no case.
     """
     layer = {layer.name: layer for layer in model.layers}.get("strategy")
-    if not isinstance(layer, PseudoModality) or not len(vectors):
+    if not isinstance(layer, PseudoModality) or not layer.loss_weight or not len(vectors):
         raise ValueError(
             f"{model.name!r} copes by {type(layer).__name__} and there are {len(vectors)} complete cases; expected a "
-            "model of strategy 'pseudo' and at least one case."
+            "model of strategy 'pseudo' with a `loss_weight`, and at least one case."
         )
     for dense in (layer.hidden, layer.predicted):
         dense.kernel.assign(dense.kernel_initializer(dense.kernel.shape, dense.kernel.dtype))
@@ -489,8 +489,8 @@ def _refuse_unfit(groups, modalities, num_slices, num_features, architecture, st
         raise ValueError(f"`modalities` are {names}; expected at least one, names like 'axial', each but once.")
     if set(names) & set(groups):
         raise ValueError(f"{sorted(set(names) & set(groups))} are names of modalities and of groups; take others.")
-    if min(num_slices, num_features) < 1 or num_grades < 2:
+    if min(1 if num_slices is None else num_slices, num_features) < 1 or num_grades < 2:
         raise ValueError(
             f"`num_slices` is {num_slices}, `num_features` {num_features} and `num_grades` {num_grades}; expected at "
-            "least 1, 1 and 2."
+            "least 1 (or None), 1 and 2."
         )

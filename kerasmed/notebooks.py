@@ -198,6 +198,7 @@ def run(
     models_root = parameters["models_root"]
     if notebook.needs:
         found = {"run": parameters["from_run"], "fingerprint": fingerprint, "models_root": models_root}
+        found["profile"] = parameters["profile"]
         parameters = {**parameters, "from_run": str(runs.find(system, notebook.needs, **found))}
     folder = runs.folder(system, notebook.name, parameters, fingerprint, models_root=models_root)
     runs.refuse_running(folder, force=force)

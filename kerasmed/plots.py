@@ -5,6 +5,7 @@
 
 import itertools
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -229,10 +230,12 @@ def model_diagram(model, *, title: str, columns: int = 6) -> Figure:
 
     A box gives the block's name, its layer types, the shape that it puts out and its number of weights. Layers that
     Keras named by itself ("conv2d_17") belong to the next one that has a name of its own; "patient_dense" does not
-    belong to an input "patient". An arrow leads from the box before; where a block takes something else, the box says
-    from which blocks.
+    belong to an input "patient". An input is a box of its whole name, unless other layers share its part. An arrow
+    leads from the box before; where a block takes something else, the box says from which blocks. Operations that are
+    no layers, such as those of `keras.ops`, have no box: a block behind them takes what they take.
     """
     inputs = {tensor.name for tensor in model.inputs}
+    parts = {layer.name.split("_")[0] for layer in model.layers if layer.name not in inputs} - inputs
     blocks: dict[str, list] = {}
     unnamed = []
     for layer in model.layers:
@@ -241,29 +244,36 @@ def model_diagram(model, *, title: str, columns: int = 6) -> Figure:
         if not re.fullmatch(rf"{given_by_keras}(_\d+)?", layer.name) or layer is model.layers[-1]:
             first = layer.name.split("_")[0]
             name = layer.name.replace("_", " ") if first in inputs else first
+            if layer.name in inputs and first not in parts:
+                name = layer.name
             blocks.setdefault(name, []).extend(unnamed)
             unnamed = []
     rows = -(-len(blocks) // columns)
     figure, axes = panels(11, 1.9 * rows + 0.5)
     axis = axes[0, 0]
-    made = {id(tensor): name for name, members in blocks.items() for each in members for tensor in _listed(each.output)}
+    operations = getattr(model, "operations", model.layers)  # a Sequential has layers alone
+    makers = {id(tensor): operation for operation in operations for tensor in _listed(operation.output)}
+    block_of = {id(layer): name for name, members in blocks.items() for layer in members}
+    line = 186 // min(columns, len(blocks))  # letters of the smallest size that a box has room for
     before = None
     for position, (name, members) in enumerate(blocks.items()):
-        kinds = "\n".join(dict.fromkeys(type(layer).__name__.removesuffix("2D") for layer in members))
+        kinds = list(dict.fromkeys(type(layer).__name__.removesuffix("2D") for layer in members))
         shape = "×".join(str(side) for side in _listed(members[-1].output)[0].shape[1:])
         weights = sum(layer.count_params() for layer in members)
-        taken = [made.get(id(tensor), name) for each in members for tensor in _listed(each.input)]
-        taken = [source for source in dict.fromkeys(taken) if source != name]
+        taken = [source for source in _sources(members, makers, block_of) if source != name]
         x, y = position % columns * 1.2, -(position // columns) * 1.15
         axis.add_patch(
             FancyBboxPatch((x, y), 1, 1, boxstyle="round,pad=0.02", facecolor="#e8eef5", edgecolor=COLOURS[0])
         )
-        axis.text(x + 0.5, y + 0.88, name, ha="center", va="center", fontsize=10, weight="bold")
-        axis.text(x + 0.5, y + 0.56, kinds, ha="center", va="center", fontsize=8)
+        size = min(10, 5 * line / len(name))
+        axis.text(x + 0.5, y + 0.88, name, ha="center", va="center", fontsize=size, weight="bold")
         axis.text(x + 0.5, y + 0.04, f"{shape}\n{weights:,} weights", ha="center", va="bottom", fontsize=8)
+        middle = 0.56
         if taken not in ([], [before]):
-            from_text = f"from {' and '.join(taken)}"
-            axis.text(x + 0.5, y + 0.75, from_text, ha="center", va="center", fontsize=6, style="italic")
+            said = _from_text(taken, line)
+            axis.text(x + 0.5, y + 0.79, "\n".join(said), ha="center", va="top", fontsize=6, style="italic")
+            middle = min(middle, 0.74 - 0.06 * len(said) - 0.042 * len(kinds))
+        axis.text(x + 0.5, y + middle, "\n".join(kinds), ha="center", va="center", fontsize=8)
         if position % columns and before in taken:
             arrow = {"arrowstyle": "->", "color": "grey"}
             axis.annotate("", (x - 0.02, y + 0.5), (x - 0.18, y + 0.5), arrowprops=arrow)
@@ -272,6 +282,33 @@ def model_diagram(model, *, title: str, columns: int = 6) -> Figure:
     axis.set_axis_off()
     figure.suptitle(f"{title}: {model.count_params():,} weights, read from left to right", fontsize=11)
     return figure
+
+
+def _sources(layers, makers: Mapping, block_of: Mapping) -> list[str]:
+    """Blocks that feed layers, in the order of what these take; plain operations in between are followed through."""
+    waiting = [tensor for layer in layers for tensor in _listed(layer.input)][::-1]
+    sources, seen = {}, set()
+    while waiting:
+        tensor = waiting.pop()
+        maker = makers.get(id(tensor))
+        if id(maker) in block_of:
+            sources[block_of[id(maker)]] = True
+        elif maker is not None and id(tensor) not in seen:
+            waiting += _listed(maker.input)[::-1]
+        seen.add(id(tensor))
+    return list(sources)
+
+
+def _from_text(names: Sequence[str], width: int, most: int = 3) -> list[str]:
+    """Lines that say from which blocks, at most `most` of `width` letters; names that find no room are counted."""
+    for kept in range(len(names), 0, -1):
+        told = [name.replace(" ", "\u00a0") for name in names[:kept]]  # names are not broken at their blanks
+        told += [f"{len(names) - kept}\u00a0more"] if kept < len(names) else []
+        text = f"from {' and '.join([', '.join(told[:-1]), told[-1]] if len(told) > 1 else told)}"
+        lines = textwrap.wrap(text, width, break_on_hyphens=False)
+        if len(lines) <= most:
+            break
+    return [each.replace("\u00a0", " ") for each in lines[:most]]
 
 
 def _listed(tensors) -> list:

@@ -396,6 +396,7 @@ def find(
     *,
     run: str | os.PathLike = "auto",
     fingerprint: str | None = None,
+    profile: str | None = None,
     models_root=None,
 ) -> Path:
     """Find the run that a later step builds on.
@@ -403,18 +404,22 @@ def find(
     Args:
         system: whose runs.
         notebook: of which notebook; None for any that has metrics: nothing builds on a mere look at the data.
-        run: "auto" for the newest complete one, or the path or the folder name of one.
+        run: "auto" to choose among the complete ones, or the path or the folder name of one.
         fingerprint: of the data that it must have been made with; None for any.
+        profile: of the later step, which "auto" prefers; None for no preference.
         models_root: see `kerasmed.paths.models_root`.
 
     Returns:
-        The run folder, complete. "auto" prefers runs on real data to runs on synthetic data.
+        The run folder, complete. "auto" prefers, in this order, runs on real data to runs on synthetic data, runs of
+        `profile` to those of others, and the newest.
 
     Raises:
-        FileNotFoundError: there is none, with the command that makes one; or the one named was made with other data.
+        FileNotFoundError: there is none, with the command that makes one; or the one named is of another notebook, or
+            was made with other data.
     """
     home = paths.models_root(models_root) / system
-    command = f"`kerasmed run {notebook or 'NOTEBOOK'}`"
+    command = f"`kerasmed run {notebook or 'NOTEBOOK'}{f' --profile {profile}' if profile else ''}`"
+    same = "synthetic data are the same only with the size and the seed of the earlier run"
     if str(run) != "auto":
         for candidate in (Path(run), home / str(run)):
             if (candidate / "status.json").exists():
@@ -426,10 +431,16 @@ def find(
                     raise FileNotFoundError(
                         f"run {candidate} only looks at data and has no model; make one with {command}."
                     )
+                if notebook not in (None, status(candidate)["notebook"]):
+                    raise FileNotFoundError(
+                        f"run {candidate} is of {status(candidate)['notebook']}, expected one of {notebook}; name "
+                        f"another, or make one with {command}."
+                    )
                 if fingerprint not in (None, _data_of(candidate)):
                     raise FileNotFoundError(
                         f"run {candidate} was made with other data (fingerprint {_data_of(candidate)}, here it is "
-                        f"{fingerprint}), so its split is not this one's; make one with these by {command}."
+                        f"{fingerprint}), so its split is not this one's; make one with these by {command}, or read "
+                        f"those: {same}."
                     )
                 return candidate
         raise FileNotFoundError(f"no run folder at {run}, nor under {home}; make one with {command}.")
@@ -441,9 +452,14 @@ def find(
         and fingerprint in (None, _data_of(path.parent))
     ]
     if not complete:
-        what = f"{notebook or system}{' on these data' if fingerprint else ''}"
-        raise FileNotFoundError(f"no complete run of {what} under {home}; make one with {command}.")
-    return max(complete, key=lambda path: (status(path)["data_source"] == "real", status(path)["finished"]))
+        what, hint = (f"{notebook or system} on these data", f" ({same})") if fingerprint else (notebook or system, "")
+        raise FileNotFoundError(f"no complete run of {what} under {home}; make one with {command}{hint}.")
+
+    def rank(path):
+        state = status(path)
+        return state["data_source"] == "real", state["profile"] == profile, state["finished"]
+
+    return max(complete, key=rank)
 
 
 def _is_fit(run: Path, notebook: str | None) -> bool:

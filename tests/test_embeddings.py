@@ -233,3 +233,44 @@ def test_encode_slices_in_batches_is_four_times_as_fast_as_slice_by_slice(tmp_pa
     print(f"slice by slice / ours = {one_by_one / ours:.2f}; predict on ready arrays / ours = {ready_time / ours:.3f}")
     assert one_by_one / ours >= 4
     assert ready_time / ours >= 0.95
+
+
+def test_modality_inputs_by_hand_take_no_more_places_than_needed():
+    values = np.arange(8, dtype=np.float32).reshape(4, 2)
+    bags = np.full((2, 2, 40), -1)
+    bags[0, 0, :3], bags[1, 1, 0] = [2, 0, 1], 3
+    inputs = embeddings.modality_inputs(values, bags)
+    assert inputs["slices"].shape == (2, 2, 16, 2) and inputs["slices"][0, 0, :3].tolist() == [[4, 5], [0, 1], [2, 3]]
+    assert inputs["slices"][1, 1, 0].tolist() == [6, 7] and inputs["slices"].sum() == 15 + 13
+    assert inputs["slice_mask"].sum() == 4 and inputs["slice_mask"][0, 0, :4].tolist() == [True, True, True, False]
+    assert inputs["available"].tolist() == [[True, False], [False, True]]
+    bags[0, 0, :17] = 0
+    assert embeddings.modality_inputs(values, bags)["slices"].shape == (2, 2, 32, 2)
+    assert embeddings.modality_inputs(values, bags[..., :20])["slices"].shape == (2, 2, 20, 2)  # there are no more
+    assert embeddings.modality_inputs(values, bags[:0])["slices"].shape == (0, 2, 0, 2)
+
+
+def test_modality_inputs_hide_what_is_not_shown_and_refuse_a_study_of_nothing():
+    values, bags = np.ones((2, 3), np.float32), np.array([[[0, -1], [1, -1]], [[1, 0], [-1, -1]]])
+    shown = np.array([[False, True], [True, True]])
+    inputs = embeddings.modality_inputs(values, bags, shown)
+    assert inputs["available"].tolist() == [[False, True], [True, False]]
+    assert not inputs["slices"][0, 0].any() and not inputs["slice_mask"][0, 0].any() and inputs["slices"][0, 1, 0].all()
+    with pytest.raises(ValueError, match=r"no modality for 1 of 2 rows; .* First rows: \[1\]"):
+        embeddings.modality_inputs(values, bags, np.array([[True, True], [False, True]]))
+
+
+def test_dataset_of_bags_has_places_that_differ_by_batch():
+    bags = np.full((3, 1, 40), -1)
+    bags[0, 0, :20], bags[1:, 0, :2] = 0, 0
+    values = np.ones((1, 2), np.float32)
+    found = embeddings.dataset(lambda rows: embeddings.modality_inputs(values, bags[rows]), 3, batch_size=1)
+    assert found.element_spec["slices"].shape.as_list() == [None, 1, None, 2]
+    assert [batch["slices"].shape[2] for batch in found] == [32, 16, 16]
+
+
+def test_moments_are_of_the_vectors_in_the_bags_and_no_variance_is_tiny():
+    values = np.array([[0, 1], [4, 1], [100, 100]], np.float32)
+    mean, variance = embeddings.moments(values, np.array([[0, -1], [1, -1]]))
+    assert mean.tolist() == [2, 1] and variance.tolist() == pytest.approx([4, 1e-3 * 2])
+    assert embeddings.moments(values, np.array([[-1, -1]])) is None

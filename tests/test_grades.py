@@ -397,3 +397,12 @@ def test_contrast_refuses_what_is_no_contrast(options, message):
     given = {"factors": FACTORS, "factor": "embedding", "minus": "flat", "plus": "deep"} | options
     with pytest.raises(ValueError, match=message):
         grades.contrast(points, **given)
+
+
+def test_draws_that_hold_only_blank_rows_are_undefined_without_a_warning():
+    graded = [np.nan, np.nan, 0, 1, 2]
+    told = np.full((5, 3), 1 / 3)
+    drawn = grades.draws({("a",): told}, graded, ["blank", "blank", "known", "known", "known"], num_draws=64)
+    for points in drawn.values():
+        value, spread = points["a",]
+        assert np.isfinite(value) and 0 < np.isnan(spread).sum() < 40  # a quarter of the draws are "blank" twice

@@ -902,7 +902,7 @@ def test_graded_fusion_under_mixed_precision_ends_in_float32(architecture, strat
         ({"modalities": ["t1", "canal"]}, r"\['canal'\] are names of modalities and of groups"),
         ({"num_slices": 0}, "`num_slices` is 0, `num_features` 6 and `num_grades` 3"),
         ({"num_features": 0}, "`num_features` 0 and"),
-        ({"num_grades": 1}, "`num_grades` 1; expected at least 1, 1 and 2"),
+        ({"num_grades": 1}, "`num_grades` 1; expected at least 1 \\(or None\\), 1 and 2"),
         ({"modality_dropout": 1.0}, "`rate` is 1.0"),
         ({"modalities": ["t1"], "strategy": "pseudo"}, "got 1 modality; expected at least 2"),
     ],
@@ -977,3 +977,16 @@ def test_learn_pseudo_refuses_other_strategies_and_no_cases(rng):
 
 def _variable(model, path):
     return next(variable for variable in model.trainable_variables if variable.path == path)
+
+
+def test_graded_fusion_of_any_number_of_slices_answers_alike_whatever_the_padding(rng):
+    options = {"architecture": "late", "strategy": "dynamic", "width": 16, "units": 16, "attention_units": 4}
+    model = modalities.graded_fusion({"grades": 2}, ("a", "b"), None, 3, **options)
+    slices, available = rng.normal(size=(4, 2, 5, 3)).astype("float32"), np.ones((4, 2), bool)
+    mask = np.ones((4, 2, 5), bool)
+    mask[0, 0, 2:] = mask[1, 1, 1:] = False
+    told = model.predict({"slices": slices, "slice_mask": mask, "available": available}, verbose=0)
+    wider = np.pad(slices, ((0, 0), (0, 0), (0, 11), (0, 0)), constant_values=np.nan)
+    wide = {"slices": wider, "slice_mask": np.pad(mask, ((0, 0), (0, 0), (0, 11))), "available": available}
+    # Sums over more places are in another order.
+    np.testing.assert_allclose(model.predict(wide, verbose=0), told, atol=1e-6)

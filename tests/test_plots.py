@@ -1,9 +1,12 @@
+import re
+
 import keras
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Annotation
 
-from kerasmed import localisation, metrics, models, plots, splits
+from kerasmed import localisation, metrics, modalities, models, plots, splits
 
 
 @pytest.fixture
@@ -116,10 +119,73 @@ def test_model_diagram_of_several_inputs_says_where_a_block_takes_what_from():
     texts = plots.model_diagram(keras.Model([image, patient], outputs), title="net").axes[0].texts
     names = [text.get_text() for text in texts if text.get_weight() == "bold"]
     assert set(names) == {"image", "patient", "pool", "image dense", "patient dense", "fused"}
-    said = {text.get_text() for text in texts if text.get_text().startswith("from")}
+    said = {text.get_text().replace("\n", " ") for text in texts if text.get_text().startswith("from")}
     assert "from image dense and patient dense" in said
     # The pool stands behind the other input or before it; then either it or "patient dense" says what it takes.
     assert said & {"from image", "from patient"}
+
+
+def _boxes(figure):
+    """Name of each box -> what it says that it takes, in one line, and whether an arrow comes from the box before."""
+    texts = figure.axes[0].texts
+    tips = {tuple(np.round(text.xy, 2)) for text in texts if isinstance(text, Annotation)}
+    found = {}
+    for name in (text for text in texts if text.get_weight() == "bold"):
+        x, y = name.get_position()
+        places = [text.get_position()[0] == x and 0 < y - text.get_position()[1] < 0.3 for text in texts]
+        said = [text.get_text() for text, here in zip(texts, places) if here and text.get_style() == "italic"]
+        found[name.get_text()] = ("".join(said).replace("\n", " "), (round(x - 0.52, 2), round(y - 0.38, 2)) in tips)
+    return found
+
+
+def test_model_diagram_follows_plain_operations_to_the_layers_and_inputs_that_feed_them():
+    bags, shown = keras.Input((2, 5), name="bags"), keras.Input((2,), dtype="bool", name="bag_mask")
+    known = keras.ops.where(shown[..., None], bags, keras.ops.zeros_like(bags))
+    branches = [keras.layers.Dense(4, name=f"branch{place}_dense")(known[:, place]) for place in range(2)]
+    mixed = keras.layers.Dense(3, name="mixed")(keras.ops.stack(branches, axis=1))
+    last = keras.layers.Dense(1, name="last")(keras.ops.mean(mixed, axis=1) + 1.0)
+    boxes = _boxes(plots.model_diagram(keras.Model([bags, shown], last), title="net"))
+    assert set(boxes) == {"bags", "bag_mask", "branch0", "branch1", "mixed", "last"}
+    assert boxes["bags"] == boxes["bag_mask"] == ("", False)
+    assert boxes["branch0"] == ("from bag_mask and bags", True) and boxes["branch1"] == (
+        "from bag_mask and bags",
+        False,
+    )
+    assert boxes["mixed"] == ("from branch0 and branch1", True)
+    assert boxes["last"] == ("", True)
+
+
+def test_model_diagram_of_a_fusion_leads_from_slices_to_logits():
+    options = {"architecture": "late", "strategy": "pseudo", "width": 4, "attention_units": 4, "units": 4}
+    model = modalities.graded_fusion({"canal": 2}, ("t1", "t2", "axial"), 3, 8, **options)
+    boxes = _boxes(plots.model_diagram(model, title="net"))
+    assert {"slices", "slice_mask", "available"} < set(boxes)
+    for name in ("t1", "t2", "axial"):
+        assert set(re.findall(r"\w+", boxes[name][0])) == {"from", "slice_mask", "available", "and", "slices"}
+        assert boxes[f"{name}network"] in (("from strategy", False), ("", True))
+    assert boxes["strategy"][0].startswith("from t1, t2, axial, hidden, ")
+    assert boxes["logits"][0].startswith("from t1network, t2network, axialnetwork, ")
+
+
+def test_model_diagram_of_a_sequential_links_its_layers():
+    dense = [keras.layers.Dense(2, name=name) for name in ("first", "second")]
+    boxes = _boxes(plots.model_diagram(keras.Sequential([keras.Input((3,)), *dense]), title="net"))
+    assert boxes["second"] == ("", True)
+
+
+def test_model_diagram_keeps_all_text_within_the_boxes():
+    inputs = keras.Input((4,), name="image")
+    wide = [keras.layers.Dense(2, name=f"{'long' * 4}network{number}")(inputs) for number in range(6)]
+    figure = plots.model_diagram(keras.Model(inputs, keras.layers.Add(name="sum")(wide)), title="net")
+    said = next(text.get_text() for text in figure.axes[0].texts if text.get_text().startswith("from long"))
+    assert said.startswith(f"from {'long' * 4}network0") and said.endswith("more") and said.count("\n") == 2
+    figure.draw_without_rendering()
+    axis = figure.axes[0]
+    extents = [box.get_window_extent() for box in axis.patches]
+    for text in axis.texts:
+        if text.get_text():
+            extent = text.get_window_extent()
+            assert any(box.x0 <= extent.x0 and extent.x1 <= box.x1 for box in extents), text.get_text()
 
 
 def test_heat_maps_overlay_shares_of_each_maximum_and_outline_boxes(rng):

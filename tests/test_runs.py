@@ -196,6 +196,45 @@ def test_find_on_other_data_is_refused_with_both_fingerprints():
         runs.find("brain", "07_brain_mri", fingerprint="3")
 
 
+def _done(when, **changes):
+    profile = changes.pop("profile", "smoke")
+    options = {"fingerprint": "f", "data_source": "synthetic", "environment": {}} | changes
+    run = runs.start("brain", "07_brain_mri", PARAMETERS | {"profile": profile}, **options)
+    runs.finish(run, headline=[_row()], rows=[_row()])
+    runs.write_json(run / "status.json", runs.read_json(run / "status.json") | {"finished": when})
+    return run
+
+
+def test_find_prefers_real_data_then_the_profile_then_the_newest():
+    old, new = _done("2026-01-01", fingerprint="1"), _done("2026-01-02", fingerprint="2")
+    other = _done("2026-01-03", profile="cpu")
+    assert runs.find("brain") == other
+    assert runs.find("brain", profile="smoke") == new and runs.find("brain", profile="smoke", fingerprint="1") == old
+    assert runs.find("brain", profile="full") == other  # without one of the profile, the newest of any
+    real = _done("2026-01-01", profile="cpu", data_source="real", fingerprint="3")
+    assert runs.find("brain", profile="smoke") == real
+
+
+def test_find_refuses_a_named_run_of_another_notebook_and_names_both():
+    run = _done("2026-01-01")
+    message = "is of 07_brain_mri, expected one of 02_other; .* make one with `kerasmed run 02_other --profile cpu`"
+    for named in (run, run.name):
+        with pytest.raises(FileNotFoundError, match=message):
+            runs.find("brain", "02_other", run=named, profile="cpu")
+    assert runs.find("brain", "07_brain_mri", run=run) == runs.find("brain", run=run) == run
+
+
+def test_find_without_a_run_gives_the_command_with_the_profile_and_what_makes_synthetic_data_the_same():
+    with pytest.raises(FileNotFoundError, match="`kerasmed run 07_brain_mri --profile cpu`") as caught:
+        runs.find("brain", "07_brain_mri", profile="cpu")
+    assert "synthetic" not in str(caught.value)  # any data would do
+    run = _done("2026-01-01")
+    hint = r"`kerasmed run 07_brain_mri --profile cpu`.*synthetic data are the same only with the size and the seed of"
+    for named in ("auto", run.name):
+        with pytest.raises(FileNotFoundError, match=hint):
+            runs.find("brain", "07_brain_mri", run=named, profile="cpu", fingerprint="of others")
+
+
 def test_key_knows_an_earlier_run_by_its_name_wherever_it_lies():
     given = [{"profile": "smoke", "from_run": place} for place in ("a-1", "/models/brain/a-1", "a-2")]
     keys = [runs.key("07_brain_mri", parameters, "f") for parameters in given]

@@ -313,7 +313,7 @@ def test_positive_pairs_are_recorded_findings_of_test_images(store):
 
 def test_find_origin_refuses_other_data_and_networks_that_were_not_trained(tmp_path):
     config = _config(FUSION)
-    with pytest.raises(FileNotFoundError, match="no complete run of 04_chest_backbones on these data"):
+    with pytest.raises(FileNotFoundError, match="on these data .*`kerasmed run 04_chest_backbones --profile smoke`"):
         fused.find_origin(config, fingerprint="f")
     parameters = vars(_config())
     run = runs.start("chest", BACKBONES, parameters, fingerprint="f", data_source="synthetic", environment={})

@@ -113,7 +113,8 @@ def find_origin(config: Config, *, fingerprint: str, models_root=None) -> Origin
         FileNotFoundError: no complete run on these data.
         ValueError: it has not trained that network.
     """
-    run = runs.find("chest", ORIGIN, run=config.from_run, fingerprint=fingerprint, models_root=models_root)
+    options = {"fingerprint": fingerprint, "profile": config.profile, "models_root": models_root}
+    run = runs.find("chest", ORIGIN, run=config.from_run, **options)
     parameters = runs.read_json(run / "params.json")
     known = parameters["networks"]
     fits = config.network in ("", *known)

@@ -5,6 +5,7 @@ studies and grades in each, so that differences are between what was shown and h
 """
 
 from collections.abc import Mapping
+from itertools import product
 
 import keras
 import numpy as np
@@ -19,7 +20,7 @@ from kerasmed.systems.lumbar.shared import CONDITIONS, TARGETS, TEST
 METRICS = ("macro_auroc", "macro_f1", "weighted_log_loss")
 ALL = "all conditions"  # the mean of the three
 REFERENCE = "zero"
-SOME_MISSING, ALL_THERE = "some missing", "all there"
+SOME_MISSING, ALL_THERE, COPING = WHERE = "some missing", "all there", "some missing − all there"
 _NUM_GRADES = len(data.GRADES)
 _COLUMNS = {name: [TARGETS.index(target) for target in data.targets_of(name)] for name in CONDITIONS}
 
@@ -137,32 +138,33 @@ def contrasts(scored: Mapping[tuple[str, str], Points], *, metric: str, conditio
 
     The former is the mean over the six subsets that lack something. Each is compared with zero filling of the same
     architecture and modality dropout; zero filling with modality dropout is compared with that without, if there is.
+    What a strategy gains where all is there has nothing to do with coping: the difference of the two is told as well.
 
     Returns:
         DataFrame, a row a comparison and where: architecture, modality_dropout, strategy, against, where
-        (`SOME_MISSING` or `ALL_THERE`), difference, low, high, and better: 1 where the interval is on the better side
-        of 0, -1 where it is on the other, 0 where it holds 0.
+        (`SOME_MISSING`, `ALL_THERE` or `COPING`: the former less the latter), difference, low, high, and better: 1
+        where the interval is on the better side of 0, -1 where it is on the other, 0 where it holds 0. Where grades of
+        one kind alone leave a metric undefined, numbers are NaN.
     """
-    points, factors = scored[metric, condition], (*FACTORS, "modalities")
+    points = scored[metric, condition]
     keys = list(dict.fromkeys(key[:3] for key in points if not isinstance(key, str)))
     sign, records = -1 if metric in metrics.LOWER_IS_BETTER else 1, []
     for architecture, strategy, rate in keys:
-        if strategy != REFERENCE:
-            factor, minus, plus, against = "strategy", REFERENCE, strategy, REFERENCE
-            within = {"architecture": architecture, "modality_dropout": rate}
-        elif rate != "0" and (architecture, REFERENCE, "0") in keys:
-            factor, minus, plus, against = "modality_dropout", "0", rate, f"{REFERENCE}, no modality dropout"
-            within = {"architecture": architecture, "strategy": REFERENCE}
-        else:
+        key, rival, against = (architecture, strategy, rate), (architecture, REFERENCE, rate), REFERENCE
+        if strategy == REFERENCE:
+            rival, against = (architecture, REFERENCE, "0"), f"{REFERENCE}, no modality dropout"
+        if rival not in keys or rival == key:
             continue
-        for where, subsets in ((SOME_MISSING, PARTIAL), (ALL_THERE, [WHOLE])):
-            found = grades.contrast(
-                points, factors, factor, minus, plus, within={**within, "modalities": tuple(subsets)}
-            )
-            low, high = found["ci95"]
+        some, whole = (
+            [np.mean([points[*key, name][i] - points[*rival, name][i] for name in names], axis=0) for i in (0, 1)]
+            for names in (PARTIAL, [WHOLE])
+        )
+        coping = [some[0] - whole[0], some[1] - whole[1]]
+        for where, (value, draws) in ((SOME_MISSING, some), (ALL_THERE, whole), (COPING, coping)):
+            low, high = metrics.interval(draws) or (np.nan, np.nan)
             better = sign * (int(low > 0) - int(high < 0))
-            gap = {"difference": found["value"], "low": low, "high": high, "better": better}
             named = {"architecture": architecture, "modality_dropout": rate, "strategy": strategy}
+            gap = {"difference": float(value), "low": low, "high": high, "better": better}
             records.append({**named, "against": against, "where": where, **gap})
     names = ["architecture", "modality_dropout", "strategy", "against", "where", "difference", "low", "high", "better"]
     return pd.DataFrame(records, columns=names)
@@ -177,33 +179,70 @@ def shown(compared: pd.DataFrame) -> pd.DataFrame:
     index = ["architecture", "modality_dropout", "strategy", "against"]
     table = compared.assign(text=text).pivot(index=index, columns="where", values="text")
     order = compared.drop_duplicates(index).set_index(index).index
-    return table.reindex(order)[[SOME_MISSING, ALL_THERE]].rename_axis(columns=None)
+    return table.reindex(index=order, columns=list(WHERE)).rename_axis(columns=None)
 
 
 def verdict(compared: pd.DataFrame) -> list[str]:
-    """Say in a sentence for each strategy where it beats zero filling: in which architectures, at which dropout."""
+    """Say in a sentence for each strategy how it does beside zero filling: where something is missing, and where not.
+
+    Models are named by architecture and modality dropout; zero filling with modality dropout is left to the table.
+    """
+    words = {1: "better", 0: "no different", -1: "worse"}
     sentences = []
     for strategy in dict.fromkeys(compared.loc[compared["strategy"] != REFERENCE, "strategy"]):
-        rows = compared[compared["strategy"] == strategy].set_index(["architecture", "modality_dropout", "where"])[
-            "better"
-        ]
-        both = rows.unstack("where")
-        name = [f"{architecture} {rate}" for architecture, rate in both.index]
-        wins, loses = both[SOME_MISSING] > 0, both[ALL_THERE] < 0
-        worse = both[SOME_MISSING] < 0
-        said = {
-            "beats zero filling where something is missing, at no measurable cost where all is there": wins & ~loses,
-            "beats zero filling where something is missing, at a cost where all is there": wins & loses,
-            "is worse than zero filling where something is missing": worse,
-            "cannot be told from zero filling where something is missing": ~wins & ~worse,
-        }
-        text = "; ".join(
-            f"{what} ({', '.join(each for each, fits in zip(name, which) if fits)})"
-            for what, which in said.items()
-            if which.any()
-        )
-        sentences.append(f"{strategy} {text}.")
+        rows = compared[compared["strategy"] == strategy]
+        signs = rows.set_index(["architecture", "modality_dropout", "where"])["better"].unstack("where")[list(WHERE)]
+        models = pd.Series([" ".join(name) for name in signs.index], index=signs.index)
+        parts = []
+        for some, whole in product((1, 0, -1), repeat=2):
+            among = models[(signs[SOME_MISSING] == some) & (signs[ALL_THERE] == whole)]
+            if len(among):
+                where = f"{words[some]} where something is missing, {words[whole]} where all is there"
+                parts.append(f"{where} ({', '.join(among)})")
+        gains = models[signs[COPING] > 0]
+        gained = f"; gains more by what is missing than otherwise: {', '.join(gains)}" if len(gains) else ""
+        sentences.append(f"{strategy} beside zero filling: {'; '.join(parts)}{gained}.")
     return sentences
+
+
+def beyond(card: pd.DataFrame, *, metric: str, condition: str = ALL) -> tuple[str, float, list[str]]:
+    """Find the strongest baseline of a `table`, and what does worse: "<model> on <subset>", the worst first.
+
+    Returns:
+        Its name, its value, and the list.
+    """
+    lower = metric in metrics.LOWER_IS_BETTER
+    rows = card[(card["metric"] == metric) & (card["condition"] == condition)]
+    rows = rows.assign(loss=rows["value"] if lower else -rows["value"])
+    baselines, models = rows[rows["modalities"] == "any"], rows[rows["modalities"] != "any"]
+    best = baselines.loc[baselines["loss"].idxmin()]
+    worse = models[models["loss"] > best["loss"]].sort_values("loss", ascending=False, kind="stable")
+    return best["variant"], float(best["value"]), (worse["variant"] + " on " + worse["modalities"]).tolist()
+
+
+def refuse_too_few(rows: pd.DataFrame, cases: Cases) -> None:
+    """Raise ValueError where a report card could not be made, before any training.
+
+    Training, validation and test each need a study that has all modalities, and of such validation and test studies
+    each condition needs known grades of two kinds.
+    """
+    for split in ("train", "valid", TEST):
+        complete = rows[(rows["split"] == split) & rows["complete"] & rows["as_is"]]["study"].to_numpy()
+        kinds = {
+            condition: data.long(cases.found.studies.iloc[complete])
+            .query("condition == @condition")["grade"]
+            .dropna()
+            .nunique()
+            for condition in CONDITIONS
+        }
+        few = [condition for condition, number in kinds.items() if number < 2 and split != "train"]
+        if not len(complete) or few:
+            raise ValueError(
+                f"{len(complete)} {split} studies have all of {', '.join(data.MODALITIES)}"
+                f"{f', with grades of fewer than two kinds of {few}' if len(complete) else ''}; the report card hides "
+                "modalities of such studies, so some are needed in training, validation and test. Run "
+                f"{fused.ORIGIN} on more studies, or with another `seed`."
+            )
 
 
 def validation_losses(told: Mapping[Key, np.ndarray], rows: pd.DataFrame, cases: Cases) -> pd.Series:
@@ -253,11 +292,12 @@ def explained(model: keras.Model, rows: pd.DataFrame, cases: Cases) -> pd.DataFr
     1 - squared error / squared distance to the mean, which is that of the training studies.
 
     Returns:
-        DataFrame: seen (the subset), predicted (the modality), explained: 1 perfect, 0 no better than the mean.
+        DataFrame: seen (the subset), predicted (the modality), explained: 1 perfect, 0 no better than the mean, NaN
+        where no training study is complete, so that nothing could be learnt.
     """
     parts = modalities.strategy_parts(model)
     learnt = rows[(rows["split"] == "train") & rows["as_is"] & rows["complete"]].reset_index(drop=True)
-    means = fused.answer(parts, cases, learnt)["vectors"].mean(axis=0)
+    means = fused.answer(parts, cases, learnt)["vectors"].mean(axis=0) if len(learnt) else np.full(len(SHORT), np.nan)
     asked = rows[(rows["split"] == TEST) & rows["complete"]].reset_index(drop=True)
     told = fused.answer(parts, cases, asked)
     own = told["vectors"][asked.index[asked["modalities"] == WHOLE]]

@@ -138,9 +138,8 @@ def encode(
         encoder, receipt = (volume_encoder if kind == "planes" else slice_encoder)(config, found, normalisation, parts)
         runs.write_json(run / "encoders" / f"{kind}-{normalisation}.json", receipt)
         runs.write_model(run / "encoders" / f"{kind}-{normalisation}.keras", encoder)
-        index = encode_series(encoder, kind, found.volumes, normalisation, folder, batch_size=config.encode_batch_size)[
-            1
-        ]
+        options = {"batch_size": config.encode_batch_size}
+        _, index = encode_series(encoder, kind, found.volumes, normalisation, folder, **options)
         runs.write_table(folder / "index.csv", index)
     return open_features(found, folder)
 

@@ -73,7 +73,8 @@ class Config:
         )
         refuse("vectors", self.vectors, self.vectors in KINDS, f"one of {', '.join(KINDS)}")
         given = self.modality_dropouts
-        fits = bool(given) and all(0 <= rate < 1 for rate in given) and len(set(given)) == len(given)
+        fits = bool(given) and all(isinstance(rate, (int, float)) and 0 <= rate < 1 for rate in given)
+        fits = fits and len({f"{rate:g}" for rate in given}) == len(given)
         refuse("modality_dropouts", given, fits, "rates from 0 and below 1, each but once")
         refuse(
             "accepted", self.accepted, set(self.accepted) <= set(audit.FAILING), f"some of {', '.join(audit.FAILING)}"
@@ -137,11 +138,13 @@ def find_origin(config: Config, *, fingerprint: str, models_root=None) -> Origin
         FileNotFoundError: no complete run on these data.
         ValueError: it holds no such vectors.
     """
-    run = runs.find("lumbar", ORIGIN, run=config.from_run, fingerprint=fingerprint, models_root=models_root)
+    options = {"fingerprint": fingerprint, "profile": config.profile, "models_root": models_root}
+    run = runs.find("lumbar", ORIGIN, run=config.from_run, **options)
     parameters = runs.read_json(run / "params.json")
     held = sorted(path.parent.name for path in (run / "features").glob("*/index.csv"))
     known = [name for name in parameters["normalisations"] if f"{config.vectors}-{name}" in held]
-    refuse("vectors", config.vectors, bool(known), f"a kind that {run.name} holds: {', '.join(held)}")
+    kinds = sorted({name.partition("-")[0] for name in held})
+    refuse("vectors", config.vectors, bool(known), f"a kind that {run.name} holds: {', '.join(kinds)}")
     normalisation = config.normalisation or known[0]
     refuse("normalisation", normalisation, normalisation in known, f"empty, or one that {run.name} holds: {known}")
     return Origin(run, parameters, run / "features" / f"{config.vectors}-{normalisation}", normalisation)
@@ -189,23 +192,24 @@ def subsets() -> dict[str, np.ndarray]:
 
 
 WHOLE, *PARTIAL = subsets()
+_MASKS = np.stack(list(subsets().values()))
 
 
 def asked(cases: Cases) -> pd.DataFrame:
-    """List what networks are asked: each study as it is, and validation and test studies with modalities hidden.
+    """List what networks are asked: each study as it is, and complete validation and test ones with some hidden.
 
     Returns:
         DataFrame: study (position), split, modalities (text of `subsets`), as_is (whether nothing is hidden), complete
         (whether the study has all modalities), shown (position in `subsets`).
     """
     present, rows = cases.present, []
-    shown = np.stack(list(subsets().values()))
     for split, studies in (("train", cases.part.train), ("valid", cases.part.valid), ("test", cases.part.asked)):
         for study in studies:
+            complete = present[study].all()
             for place, name in enumerate(subsets()):
-                as_is = (shown[place] == present[study]).all()
-                if as_is or (split != "train" and (shown[place] <= present[study]).all()):
-                    rows.append((study, split, name, as_is, present[study].all(), place))
+                as_is = (_MASKS[place] == present[study]).all()
+                if as_is or (complete and split != "train"):
+                    rows.append((study, split, name, as_is, complete, place))
     return pd.DataFrame(rows, columns=["study", "split", "modalities", "as_is", "complete", "shown"])
 
 
@@ -223,7 +227,7 @@ def build_model(config: Config, key: Key, cases: Cases) -> keras.Model:
     return modalities.graded_fusion(
         GROUPS,
         list(SHORT.values()),
-        cases.bags.shape[2],
+        None,
         cases.features.values.shape[1],
         architecture=key[0],
         strategy=key[1],
@@ -298,7 +302,7 @@ def _learn_pseudo(config, model, cases, rows, folder) -> None:
 
 def answer(model: keras.Model, cases: Cases, rows: pd.DataFrame, *, batch_size: int = 32):
     """Ask a network, or parts of one, rows of `asked`: what it predicts for each."""
-    study, shown = rows["study"].to_numpy(), np.stack(list(subsets().values()))[rows["shown"]]
+    study, shown = rows["study"].to_numpy(), _MASKS[rows["shown"]]
     every = embeddings.dataset(
         lambda chosen: inputs(cases, study[chosen], shown[chosen]), len(rows), batch_size=batch_size
     )
@@ -324,9 +328,8 @@ def own_answers(told: Mapping[Key, np.ndarray], rows: pd.DataFrame, questions: S
     """Lay the answers to studies as they are out by question; see `kerasmed.systems.lumbar.grid.fit`."""
     chosen = np.flatnonzero(rows["as_is"])
     place = {target: number for number, target in enumerate(TARGETS)}
-    found = {}
+    of_study, found = pd.Series(chosen, index=rows["study"].iloc[chosen]), {}
     for key, each in told.items():
-        of_study = pd.Series(chosen, index=rows["study"].iloc[chosen])
         found[key] = pd.concat(
             [
                 grid.answered(question, each[of_study[question.asked["study"]], question.asked["target"].map(place)])

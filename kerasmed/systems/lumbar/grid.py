@@ -1,4 +1,7 @@
-"""Notebook 02_lumbar_embeddings: classifiers over embeddings, each fitted on training studies alone."""
+"""Notebook 02_lumbar_embeddings: classifiers over embeddings, each fitted on training studies alone.
+
+03_lumbar_fusion asks the same questions, and has its networks scored beside the same baselines.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -92,8 +95,8 @@ def questions(
             if learnt["grade"].nunique() < 2 or asked["grade"].nunique() < fewest:
                 raise ValueError(
                     f"{condition} has {len(learnt)} known grades, of {learnt['grade'].nunique()} kinds, to learn from "
-                    f"and {len(asked)}, of {asked['grade'].nunique()} kinds, to answer in {part.name}; more "
-                    f"studies with a {data.PAIRED[condition]} series are needed, of two grades, or fewer folds."
+                    f"and {len(asked)}, of {asked['grade'].nunique()} kinds, to answer in {part.name}; more studies "
+                    f"{f'with a {data.PAIRED[condition]} series ' * paired}are needed, of two grades, or fewer folds."
                 )
             listed.append(Question(part, condition, learnt.reset_index(drop=True), asked.reset_index(drop=True)))
     return listed

@@ -46,9 +46,8 @@ def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
     train_series_descriptions.csv and test_series_descriptions.csv, which lie beside the studies, in the folder above
     or, of one study, in itself; the nearest folder that has one counts, and where it has both, the rows of both.
 
-    Several series of a modality follow one another by id. The network has places for as many slices of a modality as
-    any study of its training had; of more, that many are taken, evenly spread, and `error` says how many were not.
-    Studies are worked through a few at a time, in a temporary folder that is removed.
+    Several series of a modality follow one another by id. Studies are worked through a few at a time, in a temporary
+    folder that is removed.
 
     Args:
         run: a complete run folder of 03_lumbar_fusion.
@@ -221,19 +220,8 @@ def _answer(model, encoder, chosen: Mapping, root: Path, studies: Sequence[Study
         )
         features = _encode(encoder, chosen["vectors"], volumes, normalisation, Path(folder))
     ids = [study.study_id for study in studies]
-    found = [embeddings.bag_rows(features.index, ids, name) for name in MODALITIES]
-    bags = np.full((len(studies), len(MODALITIES), model.input["slices"].shape[2]), -1)
+    bags = embeddings.stack_bags([embeddings.bag_rows(features.index, ids, name) for name in MODALITIES])
     reasons = [[*study.reasons, *_unreadable(study, volumes.quarantine)] for study in studies]
-    for row, column in np.ndindex(bags.shape[:2]):
-        bag = found[column][row]
-        bag = bag[bag >= 0]
-        places = spread(len(bag), bags.shape[2])
-        bags[row, column, : len(places)] = bag[places]
-        if len(places) < len(bag):
-            reasons[row].append(
-                f"{MODALITIES[column]}: {len(bag) - len(places)} of {len(bag)} {chosen['vectors']} left out, evenly "
-                f"spread; the network takes {len(places)}"
-            )
     available = (bags >= 0).any(axis=-1)
     answered = np.flatnonzero(available.any(axis=-1))
     told: list = [None] * len(studies)
@@ -251,20 +239,6 @@ def _encode(encoder, kind: str, volumes: series.Volumes, normalisation: str, fol
         return Features(np.empty((0, encoder.output_shape[-1]), np.float32), volumes.table)
     values, index = encode_series(encoder, kind, volumes, normalisation, folder, progress=False)
     return Features(np.array(values), index)  # a copy: the folder goes
-
-
-def spread(count: int, places: int) -> np.ndarray:
-    """Choose positions of a bag that has more vectors than there are places: the middles of so many equal stretches.
-
-    Returns:
-        int array, ascending: all positions where there is room, else as many as there are places.
-
-    Example:
-        >>> spread(9, 3).tolist(), spread(2, 3).tolist()
-        ([1, 4, 7], [0, 1])
-    """
-    taken = min(count, places)
-    return (2 * np.arange(taken) + 1) * count // (2 * max(taken, 1))
 
 
 def _unreadable(study: Study, quarantine: pd.DataFrame) -> list[str]:

@@ -258,7 +258,7 @@ def model_diagram(model, *, title: str, columns: int = 6) -> Figure:
     before = None
     for position, (name, members) in enumerate(blocks.items()):
         kinds = list(dict.fromkeys(type(layer).__name__.removesuffix("2D") for layer in members))
-        shape = "×".join(str(side) for side in _listed(members[-1].output)[0].shape[1:])
+        shape = "×".join("any" if side is None else str(side) for side in _listed(members[-1].output)[0].shape[1:])
         weights = sum(layer.count_params() for layer in members)
         taken = [source for source in _sources(members, makers, block_of) if source != name]
         x, y = position % columns * 1.2, -(position // columns) * 1.15

@@ -281,3 +281,10 @@ def test_cam_health_of_several_splits_or_no_rows_is_refused(cam_rows):
         plots.cam_health([*rows, *make("a", ["ok"] * 4, split="other")], title="T")
     with pytest.raises(ValueError, match="0 rows labelled 'all'"):
         plots.cam_health([], title="T")
+
+
+def test_model_diagram_says_of_a_length_that_is_not_fixed_that_it_may_be_any():
+    inputs = keras.Input((None, 4), name="slices")
+    figure = plots.model_diagram(keras.Model(inputs, keras.layers.Dense(2, name="embed")(inputs)), title="net")
+    said = " ".join(text.get_text() for text in figure.axes[0].texts)
+    assert "any×4" in said and "any×2" in said and "None" not in said

@@ -227,8 +227,8 @@ def build_model(config: Config, key: Key, cases: Cases) -> keras.Model:
     return modalities.graded_fusion(
         GROUPS,
         list(SHORT.values()),
-        None,
-        cases.features.values.shape[1],
+        num_slices=None,
+        num_features=cases.features.values.shape[1],
         architecture=key[0],
         strategy=key[1],
         modality_dropout=float(key[2]),

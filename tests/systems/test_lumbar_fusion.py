@@ -854,14 +854,15 @@ def test_verdict_says_how_each_strategy_did_where_something_is_missing_and_where
         ("joint 0 pseudo", 1, 0, 1),
         ("joint 0.3 pseudo", 1, 0, 0),
         ("grouped 0 pseudo", 1, -1, 1),
-        ("late 0 pseudo", -1, -1, -1),
+        ("late 0 pseudo", -1, -1, 1),  # it loses less, which is no gain
         ("late 0 neutral", 0, 1, -1),
     )
     assert card.verdict(compared) == [
-        "pseudo beside zero filling: better where something is missing, no different where all is there (joint 0, "
+        "pseudo beside zero filling: better where something is missing, not told apart where all is there (joint 0, "
         "joint 0.3); better where something is missing, worse where all is there (grouped 0); worse where something is "
-        "missing, worse where all is there (late 0); gains more by what is missing than otherwise: grouped 0, joint 0.",
-        "neutral beside zero filling: no different where something is missing, better where all is there (late 0).",
+        "missing, worse where all is there (late 0); gains more where something is missing than where not: grouped 0, "
+        "joint 0.",
+        "neutral beside zero filling: not told apart where something is missing, better where all is there (late 0).",
     ]
 
 

@@ -187,7 +187,7 @@ def verdict(compared: pd.DataFrame) -> list[str]:
 
     Models are named by architecture and modality dropout; zero filling with modality dropout is left to the table.
     """
-    words = {1: "better", 0: "no different", -1: "worse"}
+    words = {1: "better", 0: "not told apart", -1: "worse"}
     sentences = []
     for strategy in dict.fromkeys(compared.loc[compared["strategy"] != REFERENCE, "strategy"]):
         rows = compared[compared["strategy"] == strategy]
@@ -199,8 +199,8 @@ def verdict(compared: pd.DataFrame) -> list[str]:
             if len(among):
                 where = f"{words[some]} where something is missing, {words[whole]} where all is there"
                 parts.append(f"{where} ({', '.join(among)})")
-        gains = models[signs[COPING] > 0]
-        gained = f"; gains more by what is missing than otherwise: {', '.join(gains)}" if len(gains) else ""
+        gains = models[(signs[COPING] > 0) & (signs[SOME_MISSING] > 0)]  # not where it merely loses less
+        gained = f"; gains more where something is missing than where not: {', '.join(gains)}" if len(gains) else ""
         sentences.append(f"{strategy} beside zero filling: {'; '.join(parts)}{gained}.")
     return sentences
 
@@ -228,14 +228,9 @@ def refuse_too_few(rows: pd.DataFrame, cases: Cases) -> None:
     """
     for split in ("train", "valid", TEST):
         complete = rows[(rows["split"] == split) & rows["complete"] & rows["as_is"]]["study"].to_numpy()
-        kinds = {
-            condition: data.long(cases.found.studies.iloc[complete])
-            .query("condition == @condition")["grade"]
-            .dropna()
-            .nunique()
-            for condition in CONDITIONS
-        }
-        few = [condition for condition, number in kinds.items() if number < 2 and split != "train"]
+        graded = data.long(cases.found.studies.iloc[complete]).dropna(subset="grade")
+        kinds = graded.groupby("condition")["grade"].nunique().reindex(list(CONDITIONS), fill_value=0)
+        few = [] if split == "train" else kinds.index[kinds < 2].tolist()
         if not len(complete) or few:
             raise ValueError(
                 f"{len(complete)} {split} studies have all of {', '.join(data.MODALITIES)}"

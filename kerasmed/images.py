@@ -76,6 +76,36 @@ def read(
     return finish(image, image_size=image_size, fit=fit, interpolation=interpolation, equalize=equalize)
 
 
+def from_array(image: np.ndarray) -> np.ndarray:
+    """Turn a picture that is an array already into what `read` makes of a file, before resizing.
+
+    Args:
+        image: shape (height, width), or (height, width, channels) of 1, 3 (RGB) or 4 (RGBA). uint8 is kept; any other
+            integer or float is scaled by its own range, NaN counting as 0.
+
+    Returns:
+        uint8 array, shape (height, width).
+
+    Raises:
+        ValueError: another shape or type, no pixel, or more than `MAX_PIXELS`.
+
+    Example:
+        >>> from_array(np.array([[0, 2047, 4094]], np.uint16)).tolist()
+        [[0, 128, 255]]
+    """
+    shape, kind = image.shape, image.dtype.kind
+    if not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))) or kind not in "uif" or not image.size:
+        raise ValueError(
+            f"the picture is an array of {image.dtype} of shape {shape}; expected numbers of shape (height, width) or "
+            "(height, width, 1, 3 or 4). Give several slices as a list of such arrays."
+        )
+    if shape[0] * shape[1] > MAX_PIXELS:
+        raise ValueError(f"the picture has {shape[1]}×{shape[0]} pixels, more than the {MAX_PIXELS} that are read.")
+    if len(shape) == 3 and shape[2] == 4 and image.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"the picture has transparency in {image.dtype}; expected uint8 or uint16.")
+    return _to_grey(image)
+
+
 def finish(
     image: np.ndarray,
     *,

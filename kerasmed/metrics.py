@@ -205,8 +205,46 @@ def kappa(tp: np.ndarray, fn: np.ndarray, fp: np.ndarray, tn: np.ndarray) -> np.
     return ratio(2 * (tp * tn - fn * fp), (tp + fp) * (fp + tn) + (tp + fn) * (fn + tn))
 
 
+def threshold_of_sensitivity(positive: np.ndarray, scores: np.ndarray, sensitivity: float) -> float:
+    """Choose the highest threshold at which at least a share of the positives is found; on validation rows alone.
+
+    It is the middle between the lowest score that is to be answered yes and the next lower one, or 0, so that new
+    images that score about the same are answered alike.
+
+    Args:
+        positive: bool array, shape (num_images,).
+        scores: probabilities, shape (num_images,).
+        sensitivity: share of the positives with a score at or above the threshold, in (0, 1].
+
+    Returns:
+        The threshold, in [0, 1].
+
+    Raises:
+        ValueError: no positive, or a share out of range.
+
+    Example:
+        >>> threshold_of_sensitivity(np.array([True, True, True, False]), np.array([0.9, 0.8, 0.3, 0.6]), 0.6)
+        0.7
+    """
+    if not 0 < sensitivity <= 1:
+        raise ValueError(f"`sensitivity` is {sensitivity}; expected a share above 0, at most 1.")
+    if not np.any(positive):
+        raise ValueError("no row is positive, so no threshold has a sensitivity; take a split that has some.")
+    found = np.sort(scores[np.asarray(positive, bool)])[::-1]
+    # Rounded first: 0.07 · 100 is a little above 7.
+    lowest = found[int(np.ceil(np.round(sensitivity * len(found), 9))) - 1]
+    below = np.max(scores[scores < lowest], initial=0.0)
+    middle = (float(lowest) + float(below)) / 2
+    return middle if middle > below else float(lowest)
+
+
 def multiclass(
-    class_ids: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], weights: np.ndarray
+    class_ids: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    weights: np.ndarray,
+    *,
+    answered: np.ndarray | None = None,
 ) -> dict:
     """Compute the metrics of exclusive classes under each row of weights.
 
@@ -218,12 +256,14 @@ def multiclass(
         probabilities: shape (num_images, num_classes); the largest is the prediction.
         class_names: label of each class.
         weights: shape (num_draws, num_images); a row of ones gives the plain metrics.
+        answered: int array, shape (num_images,): the prediction, where it is not the largest probability.
 
     Returns:
         dict (metric, label) -> float array (num_draws,); the label of a metric over all classes is "all".
     """
     num_classes = len(class_names)
-    table = confusion(class_ids, probabilities.argmax(axis=1), num_classes, weights)
+    predicted = probabilities.argmax(axis=1) if answered is None else answered
+    table = confusion(class_ids, predicted, num_classes, weights)
     right, true, predicted = np.diagonal(table, axis1=1, axis2=2), table.sum(axis=2), table.sum(axis=1)
     total = table.sum(axis=(1, 2))
     occurs = true > 0
@@ -285,6 +325,7 @@ def multiclass_rows(
     num_draws: int = BOOTSTRAPS,
     seed: int = 0,
     scores: Callable = multiclass,
+    answered: Mapping[str, np.ndarray] | None = None,
 ) -> list[dict]:
     """Tabulate every variant's metrics with intervals, each beside the strongest baseline on the same draws.
 
@@ -300,6 +341,7 @@ def multiclass_rows(
         num_draws: bootstrap draws.
         seed: of the draws.
         scores: computes the metrics, as `multiclass` does.
+        answered: variant -> its predictions, int (num_images,), where they are not the largest probabilities.
 
     Returns:
         List of dicts: task, variant, split, metric, label, value, ci95 [low, high], n, n_groups, baseline, reason.
@@ -323,12 +365,13 @@ def multiclass_rows(
             return f"no {label} in the {split} split"
         return "never predicted" if metric == "precision" else "one class only"
 
-    def score(values, weights):
-        return scores(class_ids, values, class_names, weights)
+    def score(variant, weights):
+        extra = {"answered": answered[variant]} if variant in (answered or {}) else {}
+        return scores(class_ids, probabilities[variant], class_names, weights, **extra)
 
     options = {"task": task, "split": split, "prefix": prefix}
     options |= {"reference": reference, "num_draws": num_draws, "seed": seed}
-    return compared_rows(probabilities, groups, score, why, **options)
+    return compared_rows({name: name for name in probabilities}, groups, score, why, **options)
 
 
 def compared_rows(

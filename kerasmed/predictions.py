@@ -3,7 +3,7 @@
 A table has a row an image, in the order of its manifest: the ids, split, variant, y_<class> (0 or 1) and p_<class>.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -115,6 +115,7 @@ def evaluate(
     task: str,
     split: str = "test",
     reference: str | None = None,
+    decide: Mapping[str, Callable] | None = None,
     num_draws: int = metrics.BOOTSTRAPS,
     seed: int = 0,
 ) -> list[dict]:
@@ -131,6 +132,8 @@ def evaluate(
         task: what is classified, for the rows.
         split: what the scored images are called in the rows.
         reference: variant that the others are compared with as well.
+        decide: variant -> function of its table's test rows and of the classes that are scored, positions in
+            `class_names`, -> its answers, such positions; where it is left out, the likeliest class is the answer.
         num_draws, seed: of the bootstrap.
 
     Returns:
@@ -149,6 +152,10 @@ def evaluate(
             variant: truth_and_probabilities(table, class_names)[1][among][:, classes]
             for variant, table in joined.items()
         }
+        answered = {
+            variant: np.searchsorted(classes, choose(joined[variant][among], classes))
+            for variant, choose in (decide or {}).items()
+        }
         learnt = [_baselines(manifest, thumbnails, ids, classes) for manifest in manifests]
         answers |= {name: np.concatenate([each[name] for each in learnt]) for name in learnt[0]}
         rows += metrics.multiclass_rows(
@@ -162,6 +169,7 @@ def evaluate(
             reference=reference,
             num_draws=num_draws,
             seed=seed,
+            answered=answered,
         )
     return rows
 

@@ -17,7 +17,7 @@ from kerasmed.datasets import brain
 from kerasmed.notebooks import parse_value
 from kerasmed.parameters import names_of
 from kerasmed.systems import tritask
-from kerasmed.systems.brain import Config
+from kerasmed.systems.brain.networks import Config
 
 NOTEBOOKS = notebooks.names()
 

@@ -17,8 +17,10 @@ import pytest
 from kerasmed import audit, backbones, datasets, environment, gradcam, metrics, notebooks, pipelines, predictions, runs
 from kerasmed.manifest import class_ids
 from kerasmed.parameters import names_of
-from kerasmed.systems import brain
+from kerasmed.systems.brain import networks as brain
+from kerasmed.systems.brain import shared
 
+TYPES = brain.CLASS_NAMES["brain_tumor"]
 QUICK = {
     "data_source": "auto",
     "folds": 1,
@@ -78,11 +80,11 @@ def test_published_splits_are_with_and_without_the_leaked_images(brain_root):
 
 def test_stages_of_a_backbone_are_its_head_and_then_its_last_stage():
     config = _config(unfrozen_learning_rate=1e-5, weights="imagenet")
-    (head, part, _), (unfrozen, last, options) = brain.stages(config, "VGG19")
+    (head, part, _), (unfrozen, last, options) = shared.stages(config, "VGG19")
     assert (head, part) == ("VGG19-head", "head") and (unfrozen, last) == ("VGG19-unfrozen", "last_stage")
     assert options["learning_rate"] == 1e-5 and options["schedule"] == "plateau"
-    assert brain.stages(config, "compact") == [("compact", None, {})]
-    ((whole, part, _),) = brain.stages(_config(weights="none"), "VGG19")
+    assert shared.stages(config, "compact") == [("compact", None, {})]
+    ((whole, part, _),) = shared.stages(_config(weights="none"), "VGG19")
     assert (whole, part) == ("VGG19", "all")
 
 
@@ -114,7 +116,7 @@ def test_train_backbone_learns_its_head_then_its_last_stage_and_is_not_repeated(
     config = _pretrained(tmp_path)
     store = brain.read(config, datasets.Source(brain_root, "real"), "brain_tumor")
     (store,) = brain.split(config, store, "brain_tumor")
-    parts = brain.train(config, store, "brain_tumor", "MobileNetV2", run=tmp_path, label="a b:c")
+    parts = shared.train(config, store, TYPES, "MobileNetV2", run=tmp_path, task="brain_tumor", label="a b:c")
     folders = [tmp_path / "variants" / each.folder for each in parts]
     assert [folder.name for folder in folders] == [
         "brain_tumor-MobileNetV2-head-a-b-c",
@@ -142,13 +144,13 @@ def test_train_backbone_learns_its_head_then_its_last_stage_and_is_not_repeated(
     assert not any(isinstance(unfrozen[name], keras.layers.BatchNormalization) for name in moved)
 
     written = (folders[0] / "model.keras").stat().st_mtime_ns
-    again = brain.train(config, store, "brain_tumor", "MobileNetV2", run=tmp_path, label="a b:c")
+    again = shared.train(config, store, TYPES, "MobileNetV2", run=tmp_path, task="brain_tumor", label="a b:c")
     pd.testing.assert_frame_equal(again[1].predictions, parts[1].predictions, check_exact=True)
     assert (folders[0] / "model.keras").stat().st_mtime_ns == written
 
     # Killed between its stages, it ends with the same weights: dropout's draws do not depend on the stage before.
     shutil.rmtree(folders[1])
-    brain.train(config, store, "brain_tumor", "MobileNetV2", run=tmp_path, label="a b:c")
+    shared.train(config, store, TYPES, "MobileNetV2", run=tmp_path, task="brain_tumor", label="a b:c")
     resumed = {layer.name: layer for layer in keras.saving.load_model(folders[1] / "model.keras").layers}
     assert changed(unfrozen, resumed) == set()
 
@@ -166,7 +168,7 @@ def test_choose_looks_at_validation_only(brain_root):
         brain.Trained(str(number), "", None, predictions.tabulate(store.manifest, each, names, variant=str(number)))
         for number, each in enumerate(tables)
     ]
-    assert brain.choose(candidates, "brain_tumor").variant == "0"
+    assert shared.choose(candidates, TYPES).variant == "0"
 
 
 def test_read_uses_patients_where_given(brain_root):
@@ -221,10 +223,10 @@ def test_config_refuses_what_two_parameters_make_together():
 
 def test_find_weights_refuses_before_any_training():
     with pytest.raises(FileNotFoundError, match="no file at `weights` = gone.keras"):
-        brain.find_weights(_config(networks=["VGG19"], weights="gone.keras"))
+        shared.find_weights(_config(weights="gone.keras"), ["VGG19"])
     with pytest.raises(ValueError, match="'ImageNet'; expected 'imagenet', 'none'"):
-        brain.find_weights(_config(networks=["compact", "VGG19"], weights="ImageNet"))
-    brain.find_weights(_config(networks=["compact"], weights="imagenet"))  # nothing to have
+        shared.find_weights(_config(weights="ImageNet"), ["compact", "VGG19"])
+    shared.find_weights(_config(weights="imagenet"), ["compact"])  # nothing to have
 
 
 def test_read_class_without_readable_images_is_refused(brain_root):
@@ -277,7 +279,7 @@ def test_fit_on_synthetic_data_reaches_the_known_ceiling_and_no_more(tmp_path, t
     config = brain.Config(**{name: parameters[name] for name in names_of(brain.Config)})
     environment.setup(seed=config.seed)
     (store,) = brain.split(config, brain.read(config, datasets.locate("brain", parameters), task), task)
-    (trained,) = brain.train(config, store, task, "compact", run=tmp_path)
+    (trained,) = shared.train(config, store, brain.CLASS_NAMES[task], "compact", run=tmp_path, task=task)
     model = keras.saving.load_model(tmp_path / "variants" / trained.folder / "model.keras")
 
     # Patients that no part of the training set has seen, one image each: 400 independent trials.
@@ -285,7 +287,7 @@ def test_fit_on_synthetic_data_reaches_the_known_ceiling_and_no_more(tmp_path, t
         "brain", tmp_path / "other", patients_per_class=100, slices_per_patient=1, seed=1000
     )
     unseen = brain.read(config, datasets.Source(other, "synthetic"), task)
-    predicted = brain.predict_store(model, unseen, task, variant="compact")
+    predicted = shared.predict_store(model, unseen, brain.CLASS_NAMES[task], variant="compact")
     right = predicted.filter(regex="^p_").to_numpy().argmax(axis=1) == predicted.filter(regex="^y_").to_numpy().argmax(
         axis=1
     )

@@ -21,9 +21,10 @@ TYPE_SHARE = "type_share"  # the share of abnormal training studies of the study
 PRIOR = "prior"  # the class shares of the training rows
 WEIGHTED_PRIOR = "weighted_prior"  # the same, each row counted with its sample weight
 LEVEL_SHARE = "level_share"  # the class shares of the training rows of the same level and side
+MEASURES = "measures"  # a model on size, border and mean intensity, which sees no image
 BASELINES = (
     *(MAJORITY, ALL_POSITIVE, NEAREST_NEIGHBOUR, SVC, PATIENT, CARRY_FORWARD, PATIENT_AND_PREVIOUS, TYPE_SHARE),
-    *(PRIOR, WEIGHTED_PRIOR, LEVEL_SHARE),
+    *(PRIOR, WEIGHTED_PRIOR, LEVEL_SHARE, MEASURES),
 )
 LOWER_IS_BETTER = ("log_loss", "weighted_log_loss", "competition")
 _LEAST = 1e-15  # what a probability of 0 counts as in a log loss

@@ -31,7 +31,7 @@ from kerasmed.audit.likeness import (
     standardize,
 )
 from kerasmed.audit.report import Report, examine, index, write
-from kerasmed.audit.shortcuts import by_class, class_means, grey_levels, measure, probe
+from kerasmed.audit.shortcuts import by_class, class_means, classify, grey_levels, measure, probe
 
 __all__ = [
     "FAILING",
@@ -47,6 +47,7 @@ __all__ = [
     "by_class",
     "check_accepted",
     "class_means",
+    "classify",
     "crossing",
     "deduplicate",
     "examine",

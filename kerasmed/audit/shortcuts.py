@@ -144,6 +144,29 @@ def probe(
     return pd.DataFrame(records, columns=columns)
 
 
+def classify(
+    measures: pd.DataFrame, class_ids: np.ndarray, train: np.ndarray, num_classes: int, *, seed: int = 0
+) -> np.ndarray:
+    """Baseline: tell exclusive classes from measures alone, by boosted trees that learn from the training images.
+
+    Args:
+        measures: of `measure`, a row an image; NaN where unknown, else not below 0.
+        class_ids: int, shape (num_train,): of the training images.
+        train: int, shape (num_train,): their rows.
+        num_classes: how many classes there are; one that no training image has gets 0.
+        seed: of the trees.
+
+    Returns:
+        float array, shape (num_images, num_classes): probabilities for every image.
+    """
+    x = np.nan_to_num(measures.to_numpy(float, na_value=np.nan), nan=-1)
+    told = np.zeros((len(x), num_classes))
+    with threadpool_limits(1, user_api="openmp"):
+        trees = HistGradientBoostingClassifier(max_iter=50, random_state=seed).fit(x[train], class_ids)
+        told[:, trees.classes_] = trees.predict_proba(x)
+    return told
+
+
 def _probe_one(name, target, measures, groups, num_draws, seed) -> dict:
     label = target.to_numpy(float, na_value=np.nan)
     known = np.isfinite(label)

@@ -259,7 +259,7 @@ def test_sign_boxes_cover_the_sign_in_the_stores_pixels():
     config = _config(data_source="synthetic", image_size=[48, 64], synthetic_patients_per_class=3)
     source = datasets.locate("brain", asdict(config))
     store = brain.read(config, source, "brain_tumor")
-    boxes = brain.sign_boxes(config, source, store)
+    boxes = shared.sign_boxes(source, store, fit=config.fit)
     signless = np.isnan(boxes).all(axis=1)
     truth = pd.read_csv(source.root / "brain/truth.csv").set_index("image_path").loc[store.manifest["image_path"]]
     assert (signless == (truth["signal"] == "no_tumor").to_numpy()).all() and 0 < signless.sum() < len(signless)
@@ -268,7 +268,7 @@ def test_sign_boxes_cover_the_sign_in_the_stores_pixels():
     # The sign is a disc of 0.29 to 0.35 of either side, cut to whole pixels of the file (at least 77 a side).
     assert ((width / 64 > 0.27) & (width / 64 < 0.39)).all() and ((height / 48 > 0.27) & (height / 48 < 0.39)).all()
     with pytest.raises(ValueError, match="'stretch'"):
-        brain.sign_boxes(_config(fit="pad"), source, store)
+        shared.sign_boxes(source, store, fit="pad")
 
 
 @pytest.mark.slow
@@ -300,8 +300,8 @@ def test_fit_on_synthetic_data_reaches_the_known_ceiling_and_no_more(tmp_path, t
 
     # Grad-CAM of the reloaded model finds the planted sign, whose box covers about a tenth of the image.
     tested = unseen._replace(manifest=unseen.manifest.assign(split="test"))
-    boxes = brain.sign_boxes(config, datasets.Source(other, "synthetic"), tested)
-    pointing = brain.pointing_game(tested, task, boxes, gradcam.build(model))
+    boxes = shared.sign_boxes(datasets.Source(other, "synthetic"), tested, fit=config.fit)
+    pointing = shared.pointing_game(tested, brain.CLASS_NAMES[task], boxes, gradcam.build(model))
     assert len(pointing) > 200 and pointing["chance"].mean() < 0.15
     assert pointing["hit"].mean() >= 0.7
 

@@ -5,17 +5,14 @@ kerasmed run 07_brain_mri --profile cpu --data-root DIR     real images, under t
 kerasmed run 07_brain_mri --data-root DIR                   real images, all that there is; for a GPU
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from kerasmed import audit, augment, backbones, datasets, gradcam, images, localisation, pipelines, predictions, splits
+from kerasmed import audit, augment, backbones, datasets, images, pipelines, predictions, splits
 from kerasmed.datasets import brain as data
-from kerasmed.datasets.synthetic import brain as synthetic
-from kerasmed.manifest import class_ids
 from kerasmed.parameters import refuse, refuse_others
 from kerasmed.systems.brain import shared
 from kerasmed.training import Trained
@@ -216,34 +213,3 @@ def evaluate(
         seed=config.seed,
         **options,
     )
-
-
-def sign_boxes(config: Config, source: datasets.Source, store: pipelines.Store) -> np.ndarray:
-    """Where the sign lies in each image: float (num_images, 4), see `synthetic.brain.sign_boxes`; NaN in real data."""
-    if source.kind == "real":
-        return np.full((len(store.manifest), 4), np.nan)
-    refuse("fit", config.fit, config.fit == "stretch", "'stretch': boxes are scaled with the whole image")
-    return synthetic.sign_boxes(source.root, store.manifest["image_path"], tuple(config.image_size))
-
-
-def pointing_game(
-    store: pipelines.Store, task: str, boxes: np.ndarray, explain: Callable[..., gradcam.Maps]
-) -> pd.DataFrame:
-    """Ask of each right answer to a test image with a sign whether Grad-CAM's peak lies on the sign.
-
-    Args:
-        store: with a split.
-        task: one of `CLASS_NAMES`.
-        boxes: of `sign_boxes`.
-        explain: of `kerasmed.gradcam.build`, for the model that is asked.
-
-    Returns:
-        DataFrame, a row an image: image_path, hit, and chance, the share of the image that the sign's box covers.
-    """
-    asked = pipelines.rows(store, "test")
-    asked = asked[np.isfinite(boxes[asked]).all(axis=1)]
-    maps = explain(store.images[asked])
-    right = maps.class_ids == class_ids(store.manifest, CLASS_NAMES[task])[asked]
-    hits, chance = localisation.pointing_game(maps.heat[right], boxes[asked[right]], store.images.shape[1:])
-    paths = store.manifest["image_path"].to_numpy()[asked[right]]
-    return pd.DataFrame({"image_path": paths, "hit": hits, "chance": chance})

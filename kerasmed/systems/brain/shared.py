@@ -3,7 +3,7 @@
 `config` is either notebook's Config; they name what is used here alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,8 +15,11 @@ from kerasmed import (
     audit,
     augment,
     backbones,
+    datasets,
     environment,
+    gradcam,
     layers,
+    localisation,
     losses,
     models,
     pipelines,
@@ -24,6 +27,7 @@ from kerasmed import (
     runs,
     training,
 )
+from kerasmed.datasets.synthetic import brain as synthetic
 from kerasmed.manifest import class_ids, targets
 from kerasmed.parameters import refuse, refuse_others
 from kerasmed.training import Trained
@@ -210,3 +214,34 @@ def choose(candidates: Sequence[Trained], class_names: Sequence[str]) -> Trained
         candidates,
         key=lambda each: predictions.balanced_accuracy(each.predictions, class_names, split="valid"),
     )
+
+
+def sign_boxes(source: datasets.Source, store: pipelines.Store, *, fit: str) -> np.ndarray:
+    """Where the sign lies in each image: float (num_images, 4), see `synthetic.brain.sign_boxes`; NaN in real data."""
+    if source.kind == "real":
+        return np.full((len(store.manifest), 4), np.nan)
+    refuse("fit", fit, fit == "stretch", "'stretch': boxes are scaled with the whole image")
+    return synthetic.sign_boxes(source.root, store.manifest["image_path"], store.images.shape[1:])
+
+
+def pointing_game(
+    store: pipelines.Store, class_names: Sequence[str], boxes: np.ndarray, explain: Callable[..., gradcam.Maps]
+) -> pd.DataFrame:
+    """Ask of each right answer to a test image with a sign whether Grad-CAM's peak lies on the sign.
+
+    Args:
+        store: with a split.
+        class_names: label columns, the classes of the model that is asked.
+        boxes: of `sign_boxes`.
+        explain: of `kerasmed.gradcam.build`, for that model.
+
+    Returns:
+        DataFrame, a row an image: image_path, hit, and chance, the share of the image that the sign's box covers.
+    """
+    asked = pipelines.rows(store, "test")
+    asked = asked[np.isfinite(boxes[asked]).all(axis=1)]
+    maps = explain(store.images[asked])
+    right = maps.class_ids == class_ids(store.manifest, class_names)[asked]
+    hits, chance = localisation.pointing_game(maps.heat[right], boxes[asked[right]], store.images.shape[1:])
+    paths = store.manifest["image_path"].to_numpy()[asked[right]]
+    return pd.DataFrame({"image_path": paths, "hit": hits, "chance": chance})

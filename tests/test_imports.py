@@ -35,6 +35,7 @@ LAYERS = {
     "studies": 1,
     "study_plots": 1,
     "plots": 1,
+    "cascade_plots": 1,
     "classifiers": 1,
     "imputation": 1,
     "grades": 1,

@@ -339,6 +339,46 @@ def evaluate_stages(config: Config, folds: Sequence[pipelines.Store], tables: Se
     return rows
 
 
+def where_lost(table: pd.DataFrame) -> pd.DataFrame:
+    """Say of each outcome what share of its rows is answered right, and at which stage the others leave their path.
+
+    Args:
+        table: test rows of the cascade's tables of `tabulate`.
+
+    Returns:
+        DataFrame indexed by outcome, those without rows left out: images (how many), right, and each of `STAGES`, the
+        share that this stage is the first to answer wrong.
+    """
+    truth, _ = predictions.truth_and_probabilities(table, OUTCOMES)
+    ended = pd.Categorical(table["outcome"], OUTCOMES).codes
+    lost = np.where(truth == ended, "right", "")
+    for stage, classes in STAGES.items():
+        # The class of each outcome at this stage, -1 where it is none of the stage's.
+        number = np.array([[name in outcomes for outcomes in classes.values()] for name in OUTCOMES])
+        number = np.where(number.any(axis=1), number.argmax(axis=1), -1)
+        lost = np.where((lost == "") & (number[truth] != number[ended]), stage, lost)
+    shares = pd.crosstab(np.array(OUTCOMES)[truth], lost, normalize="index")
+    shares = shares.reindex(columns=["right", *STAGES], fill_value=0.0)
+    shares.insert(0, "images", np.bincount(truth, minlength=len(OUTCOMES))[[OUTCOMES.index(n) for n in shares.index]])
+    return shares.loc[[name for name in OUTCOMES if name in shares.index]].rename_axis(index=None, columns=None)
+
+
+def verdicts(rows: Sequence[Mapping]) -> list[str]:
+    """Say in a sentence each whether the cascade does better than the flat network, on the same bootstrap draws."""
+    told = []
+    for row in rows:
+        against = row.get("reference")
+        if against is None or not row["label"].endswith("all") or row["metric"] == "macro_f1":
+            continue
+        low, high = against["difference_ci95"] or (np.nan, np.nan)
+        word = "better than" if low > 0 else "worse than" if high < 0 else "not told apart from"
+        told.append(
+            f"{row['task']}, {row['label']}, {row['metric'].replace('_', ' ')}: {row['variant']} {word} "
+            f"{against['variant']} ({row['value']:.3f} and {against['value']:.3f}, {against['difference']:+.3f} [{low:+.3f}, {high:+.3f}])"
+        )
+    return told
+
+
 def guess(store: pipelines.Store, measures: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     """Baseline: answer every image by boosted trees on its measures alone, learnt from the training images."""
     train = pipelines.rows(store, "train")
@@ -398,3 +438,29 @@ def assemble(run: Path, trained: Mapping[str, Sequence[Trained]], origin: Origin
     about = {"run": run.name, "data_source": runs.read_json(run / "environment.json")["data_source"]}
     made = BrainCascade(models, float(table["threshold"].iloc[0]), origin.parameters, about)
     return BrainCascade.load(made.save(run / "cascade"))
+
+
+def confident(table: pd.DataFrame, *, right: bool, count: int = 8) -> np.ndarray:
+    """Return the index of the rows whose path was surest, right or wrong, one a group, surest first.
+
+    Args:
+        table: the cascade's, of `tabulate`.
+        right: whether to look among the right or the wrong answers.
+        count: at most so many.
+    """
+    truth, joint = predictions.truth_and_probabilities(table, OUTCOMES)
+    ended = pd.Categorical(table["outcome"], OUTCOMES).codes
+    found = pd.DataFrame(
+        {"index": table.index, "sure": joint[np.arange(len(joint)), ended], "group": table["group_id"].to_numpy()}
+    )
+    found = found[(ended == truth) == right].sort_values("sure", ascending=False, kind="stable")
+    return found.drop_duplicates("group")["index"].to_numpy()[:count]
+
+
+def captions(table: pd.DataFrame, readings: Sequence[cascade.Reading]) -> list[str]:
+    """Say of each image its outcome, the path's, and the deciding stage with its own probability, in three lines."""
+    truth, _ = predictions.truth_and_probabilities(table, OUTCOMES)
+    return [
+        f"{OUTCOMES[true]}\nread as {reading.outcome}\n{reading.path[-1].stage}: p = {reading.path[-1].probability:.2f}"
+        for true, reading in zip(truth, readings)
+    ]

@@ -45,7 +45,12 @@ def losses(shares: pd.DataFrame, *, title: str) -> Figure:
     Args:
         shares: a row a true class, a column "right" and one a stage; rows sum to 1. Its column "images" is the count.
         title: of the figure.
+
+    Raises:
+        ValueError: no row.
     """
+    if shares.empty:
+        raise ValueError("`shares` has no class to draw; expected a row a true class.")
     figure, axes = panels(7.5, 0.36 * len(shares) + 1.4)
     axis = axes[0, 0]
     columns = [name for name in shares if name != "images"]

@@ -55,6 +55,8 @@ LAYERS = {
     "gradcam": 3,
     "systems": 4,
     "notebooks": 5,
+    "presentation": 5,
+    "app": 5,
     "cli": 5,
     "__main__": 5,
 }

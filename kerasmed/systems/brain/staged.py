@@ -364,19 +364,19 @@ def where_lost(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts(rows: Sequence[Mapping]) -> list[str]:
-    """Say in a sentence each whether the cascade does better than the flat network, on the same bootstrap draws."""
-    told = []
+    """Say for each variant whether it does better than the flat network, of slices and people, on the same draws."""
+    told = {}
     for row in rows:
         against = row.get("reference")
         if against is None or not row["label"].endswith("all") or row["metric"] == "macro_f1":
             continue
         low, high = against["difference_ci95"] or (np.nan, np.nan)
-        word = "better than" if low > 0 else "worse than" if high < 0 else "not told apart from"
-        told.append(
-            f"{row['task']}, {row['label']}, {row['metric'].replace('_', ' ')}: {row['variant']} {word} "
-            f"{against['variant']} ({row['value']:.3f} and {against['value']:.3f}, {against['difference']:+.3f} [{low:+.3f}, {high:+.3f}])"
+        word = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+        where = f"{row['task']}, {row['label']}: {row['variant']} against {against['variant']}"
+        told.setdefault(where, []).append(
+            f"{row['metric'].replace('_', ' ')} {word} ({against['difference']:+.3f} [{low:+.3f}, {high:+.3f}])"
         )
-    return told
+    return [f"{where}: {', '.join(words)}" for where, words in told.items()]
 
 
 def guess(store: pipelines.Store, measures: pd.DataFrame, *, seed: int) -> pd.DataFrame:

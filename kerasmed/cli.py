@@ -440,6 +440,30 @@ def predict(system, path, run_, out, models_root):
 
 
 @main.command()
+@click.option("--run", "run_", default="auto", show_default=True, help="Run folder, or auto: the newest complete one.")
+@ROOT_OPTIONS["models_root"]
+@click.option("--port", default=8501, show_default=True, type=click.IntRange(1, 65535), help="Of 127.0.0.1.")
+@click.option("--no-browser", is_flag=True, help="Do not open the page in a browser.")
+def app(run_, models_root, port, no_browser):
+    """Show the brain cascade in a browser: images of one person in, path, probabilities and heat maps out.
+
+    Serves 127.0.0.1 alone, sends nothing anywhere and writes no image to the disk. Loads a run of 08_brain_cascade;
+    without one the page says how to make it. Ctrl-C ends it. Needs the extra `app`.
+    """
+    from kerasmed import paths, runs, serving
+
+    models_root = paths.models_root(models_root)
+    if run_ != "auto":
+        run_ = _usage(runs.find, "brain", serving.NOTEBOOK, run=run_, models_root=models_root).resolve()
+    try:
+        command = _usage(serving.command, port=port, browser=not no_browser)
+    except ImportError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"the app is at http://{serving.ADDRESS}:{port}; Ctrl-C ends it")
+    sys.exit(serving.run(command, {"KERASMED_RUN": str(run_), "KERASMED_MODELS": str(models_root)}))
+
+
+@main.command()
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table as a page.")
 def collect(folder, html):

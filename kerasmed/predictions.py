@@ -143,7 +143,8 @@ def evaluate(
     ids = class_ids(manifests[0], class_names)
     tested = np.concatenate([np.flatnonzero(manifest["split"] == "test") for manifest in manifests])
     truth, groups = ids[tested], manifests[0]["group_id"].to_numpy()[tested]
-    num_groups = [manifests[0].loc[ids == number, "group_id"].nunique() for number in range(len(class_names))]
+    # Rows that are in no split may have none of the classes.
+    num_groups = [manifests[0].loc[manifests[0][name] == 1, "group_id"].nunique() for name in class_names]
     kept = np.flatnonzero(np.array(num_groups) >= MIN_GROUPS)
     rows = []
     for classes in [np.arange(len(class_names))] + ([kept] if 1 < len(kept) < len(class_names) else []):

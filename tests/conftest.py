@@ -62,3 +62,37 @@ def write_odd_files():
         Image.fromarray(np.dstack([picture] * 3)).convert("CMYK").save(folder / "cmyk.jpg")
 
     return write
+
+
+@pytest.fixture(scope="session")
+def write_cascade_run():
+    """Function of a models root: a complete run of 08_brain_cascade with four networks of random weights."""
+
+    def write(root, data_source="real", fit="stretch", threshold=0.5):
+        import keras
+
+        from kerasmed import models, runs
+        from kerasmed.systems.brain.cascade import STAGES, BrainCascade
+
+        keras.utils.set_random_seed(5)
+        networks = {stage: models.compact_cnn((32, 32), len(names), filters=(8, 8)) for stage, names in STAGES.items()}
+        coarse = np.random.default_rng(0).integers(0, 256, (24, 6, 5), dtype=np.uint8)
+        pictures = np.stack([cv2.resize(one, (32, 32), interpolation=cv2.INTER_CUBIC) for one in coarse])[..., None]
+        for model in networks.values():  # so that pictures are told apart, and no answer is sure
+            logits = model.get_layer("logits")
+            told = keras.Model(model.inputs, logits.output)(pictures).numpy()
+            logits.kernel.assign(logits.kernel / told.std(axis=0))
+            logits.bias.assign(-told.mean(axis=0) / told.std(axis=0))
+        options = {"image_size": [32, 32], "fit": fit, "interpolation": "area", "equalize": False}
+        parameters = {"profile": "smoke", "sensitivity": 0.9}
+        common = {"fingerprint": "0" * 16, "data_source": data_source, "environment": {}, "models_root": root}
+        run = runs.start("brain", "08_brain_cascade", parameters, **common)
+        BrainCascade(networks, threshold, options, {"run": run.name}).save(run / "cascade")
+        row = {"task": "slices", "variant": "cascade", "split": "test", "metric": "balanced_accuracy", "label": "all"}
+        against = {"variant": "nearest_neighbour", "value": 0.25, "difference": 0.25, "difference_ci95": [0.1, 0.4]}
+        row |= {"value": 0.5, "ci95": [0.375, 0.625], "n": 80, "n_groups": 40, "baseline": against, "reason": None}
+        found = {"task": "disease", "metric": "sensitivity", "label": "disease", "value": 0.875}
+        runs.finish(run, headline=[row], rows=[row, row | found])
+        return run
+
+    return write

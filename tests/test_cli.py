@@ -1,4 +1,6 @@
+import importlib.util
 import shutil
+import socket
 
 import cv2
 import numpy as np
@@ -6,7 +8,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from kerasmed import audit, datasets, paths, pipelines, runs
+from kerasmed import audit, datasets, paths, pipelines, runs, serving
 from kerasmed.cli import main
 
 
@@ -284,3 +286,63 @@ def test_run_01_eda_looks_at_chest_with_its_patients_and_boxes():
         if (row["metric"], row["split"]) == ("f1", "unseen groups")
     }
     assert f1["majority"] < f1["all_positive"]
+
+
+def _pretend(monkeypatch, *, installed):
+    """Have Streamlit found, or not; all else is looked up as ever."""
+    found, find = (object() if installed else None), importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: found if name == "streamlit" else find(name, *rest)
+    )
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What `kerasmed app` would start: a list of (command, environment), to which nothing is added where it refuses."""
+    started = []
+    _pretend(monkeypatch, installed=True)
+    monkeypatch.setattr(serving, "run", lambda command, environment: started.append((command, environment)) or 0)
+    return started
+
+
+def _free_port():
+    with socket.create_server((serving.ADDRESS, 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_app_starts_the_server_with_roots_and_run(served, tmp_path, write_cascade_run):
+    run, port = write_cascade_run(tmp_path / "m"), _free_port()
+    done = _call("app", "--run", run.name, "--models-root", tmp_path / "m", "--port", port, "--no-browser")
+    ((command, environment),) = served
+    assert done.exit_code == 0 and f"the app is at http://127.0.0.1:{port}" in done.output
+    assert environment == {"KERASMED_RUN": str(run), "KERASMED_MODELS": str(tmp_path / "m")}
+    assert f"--server.port={port}" in command and "--server.headless=true" in command
+
+
+def test_app_without_any_run_starts_all_the_same(served, tmp_path):
+    assert _call("app", "--models-root", tmp_path / "m", "--port", _free_port()).exit_code == 0
+    assert served[0][1]["KERASMED_RUN"] == "auto" and "--server.headless=true" not in served[0][0]
+
+
+def test_app_refuses_a_run_that_it_cannot_show_before_it_starts(served, tmp_path, write_cascade_run):
+    run, port = write_cascade_run(tmp_path / "m"), _free_port()
+    given = ("app", "--models-root", tmp_path / "m", "--port", port, "--run")
+    gone = _call(*given, "gone")
+    assert gone.exit_code == 2 and "no run folder at gone" in " ".join(gone.output.split())
+    runs.set_status(run, "failed")
+    failed = _call(*given, run.name)
+    assert failed.exit_code == 2 and "is failed, not complete" in " ".join(failed.output.split())
+    runs.set_status(run, "complete", notebook="07_brain_mri")
+    other = _call(*given, run)
+    assert other.exit_code == 2 and "is of 07_brain_mri, expected one of 08" in " ".join(other.output.split())
+    assert not served
+
+
+def test_app_without_streamlit_or_port_says_how_to_mend_it(served, tmp_path, monkeypatch):
+    with socket.create_server((serving.ADDRESS, 0)) as server:
+        taken = _call("app", "--models-root", tmp_path, "--port", server.getsockname()[1])
+    assert taken.exit_code == 2 and "name another with --port" in " ".join(taken.output.split())
+    _pretend(monkeypatch, installed=False)
+    missing = _call("app", "--models-root", tmp_path, "--port", _free_port())
+    assert missing.exit_code == 1 and "pip install 'kerasmed[app]'" in missing.output
+    assert not served

@@ -56,6 +56,7 @@ LAYERS = {
     "systems": 4,
     "notebooks": 5,
     "presentation": 5,
+    "serving": 5,
     "app": 5,
     "cli": 5,
     "__main__": 5,

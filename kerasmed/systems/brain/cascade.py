@@ -8,6 +8,7 @@ With d the probability of disease, a that a disease is Alzheimer's, s_k of a sev
 which sum to 1: an outcome's probability is the product over the stages that tell it from others.
 """
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -207,7 +208,14 @@ class BrainCascade:
         slices = list(slices) if isinstance(slices, (list, tuple)) else [slices]
         if not slices:
             raise ValueError("`slices` is empty; expected an image or a list of images of one person.")
-        pixels = np.stack([self.read(one) for one in slices])
+        return self.answer(np.stack([self.read(one) for one in slices]))
+
+    def answer(self, pixels: np.ndarray) -> Reading:
+        """Do what `predict` does with slices that are read already.
+
+        Args:
+            pixels: uint8 (num_slices, height, width), each as `read` returns it; at least one.
+        """
         by_slice = {stage: self.models[stage].predict_on_batch(pixels[..., None]) for stage in STAGES}
         means = {stage: told.mean(axis=0, keepdims=True, dtype=np.float64) for stage, told in by_slice.items()}
         told = joint(means)[0]
@@ -252,9 +260,12 @@ class BrainCascade:
             "read": {name: self.read_options[name] for name in ("image_size", "fit", "interpolation", "equalize")},
             "about": dict(self.about),
         }
-        # An earlier cascade goes first: a folder of which one half is new must not pass for either.
-        (folder / _ABOUT).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        # An earlier cascade goes first, whole: a folder of which one half is new must not pass for either.
+        if folder.exists():
+            aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+            shutil.rmtree(aside, ignore_errors=True)
         with runs.whole_folder(folder) as writing:
             for stage, model in self.models.items():
                 runs.write_model(writing / f"{stage}.keras", model)

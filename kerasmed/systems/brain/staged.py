@@ -112,7 +112,7 @@ def read(config: Config, source: datasets.Source, origin: Origin) -> list[pipeli
         A store for each fold, which share their pixels; their manifest has `task` and the columns `OUTCOMES`.
 
     Raises:
-        ValueError: the earlier run's split does not name the same images.
+        ValueError: the earlier run's split does not name the same images, or parts a patient whom both sets name.
         kerasmed.audit.GateError: something that `accepted` does not name.
     """
     manifest = pd.concat([_by_outcome(data.read(source.root, task), task) for task in data.TASKS], ignore_index=True)
@@ -135,8 +135,21 @@ def read(config: Config, source: datasets.Source, origin: Origin) -> list[pipeli
             )
         kept = of_fold.loc[names, ["group_id", "split"]].set_index(store.manifest.index)
         stores.append(store._replace(manifest=store.manifest.assign(**kept)))
+        _refuse_people_of_both_sets(stores[-1].manifest)
         gate(config, stores[-1])
     return stores
+
+
+def _refuse_people_of_both_sets(manifest):
+    """Raise where a patient id of both sets is in two splits, which were made for each set by itself."""
+    of_group = manifest.groupby("group_id")[["task", "split"]].nunique()
+    both = of_group.index[(of_group > 1).all(axis=1)]
+    if len(both):
+        raise ValueError(
+            f"{len(both)} patient ids stand in the patients.csv of both sets, and in two splits. If they are not the "
+            "same people, put the set's name before the ids of each file; if they are, take them out of one set; then "
+            f"run {ORIGIN} again. First: {both[:5].tolist()}."
+        )
 
 
 def _by_outcome(manifest: pd.DataFrame, task: str) -> pd.DataFrame:
@@ -307,30 +320,35 @@ def _rows(config, task, manifests, thumbnails, tables, guessed) -> list[dict]:
 def evaluate_stages(config: Config, folds: Sequence[pipelines.Store], tables: Sequence[Mapping]) -> list[dict]:
     """Score each stage on the test slices that it is for, beside what the flat network says of the same classes.
 
-    Of the disease stage the cascade's answer is by the threshold, the flat network's by the larger probability.
+    Disease or none is scored within each of the two sets as well, where knowing the set is of no help. There the
+    cascade's answer is by the threshold, the flat network's by the larger probability.
 
     Returns:
-        Rows of `kerasmed.metrics.multiclass_rows` with `reference` to the flat network; the task is the stage.
+        Rows of `kerasmed.metrics.multiclass_rows` with `reference` to the flat network; the task is the stage, or
+        "disease, <set>".
     """
 
     def by_threshold(table, _):
-        return (table[f"p_{classes_of('disease')[1]}"] >= table["threshold"]).to_numpy(int)
+        return (table["p_disease"] >= table["threshold"]).to_numpy(int)
 
+    asked = [(stage, stage, data.TASKS) for stage in STAGES]
+    asked[1:1] = [(f"disease, {task}", "disease", [task]) for task in data.TASKS]
     rows = []
-    for stage, classes in STAGES.items():
+    for name, stage, tasks in asked:
         manifests = [ask(store, stage).manifest for store in folds]
+        manifests = [each.assign(split=each["split"].where(each["task"].isin(tasks), "left out")) for each in manifests]
         told = {variant: [] for variant in (CASCADE, FLAT)}
         for manifest, of_fold in zip(manifests, tables):
             for variant, each in told.items():
                 values = of_fold[variant][cascade.columns(stage)].to_numpy()
-                table = predictions.tabulate(manifest, values, list(classes), variant=variant)
+                table = predictions.tabulate(manifest, values, classes_of(stage), variant=variant)
                 each.append(table.assign(threshold=of_fold[variant]["threshold"].to_numpy()))
         rows += predictions.evaluate(
             told,
             manifests,
             folds[0].thumbnails,
-            list(classes),
-            task=stage,
+            classes_of(stage),
+            task=name,
             reference=FLAT,
             decide={CASCADE: by_threshold} if stage == "disease" else {},
             num_draws=config.bootstraps,

@@ -87,7 +87,8 @@ def from_array(image: np.ndarray) -> np.ndarray:
         uint8 array, shape (height, width).
 
     Raises:
-        ValueError: another shape or type, no pixel, or more than `MAX_PIXELS`.
+        ValueError: another shape or type, no pixel, more than `MAX_PIXELS`, nothing but NaN, or a value that is infinite
+            or beyond float32.
 
     Example:
         >>> from_array(np.array([[0, 2047, 4094]], np.uint16)).tolist()
@@ -101,6 +102,11 @@ def from_array(image: np.ndarray) -> np.ndarray:
         )
     if shape[0] * shape[1] > MAX_PIXELS:
         raise ValueError(f"the picture has {shape[1]}×{shape[0]} pixels, more than the {MAX_PIXELS} that are read.")
+    if kind == "f" and (np.isnan(image).all() or (np.abs(image) > np.finfo(np.float32).max).any()):
+        raise ValueError(
+            f"the picture, of {image.dtype}, has nothing but NaN, or values that are infinite or beyond float32, which "
+            "would leave all others black; clip it or mark such pixels as NaN."
+        )
     if len(shape) == 3 and shape[2] == 4 and image.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"the picture has transparency in {image.dtype}; expected uint8 or uint16.")
     return _to_grey(image)

@@ -207,10 +207,10 @@ def kappa(tp: np.ndarray, fn: np.ndarray, fp: np.ndarray, tn: np.ndarray) -> np.
 
 
 def threshold_of_sensitivity(positive: np.ndarray, scores: np.ndarray, sensitivity: float) -> float:
-    """Choose the highest threshold at which at least a share of the positives is found; on validation rows alone.
+    """Choose a threshold at which at least a share of the positives is found, and no more than need be; on validation.
 
-    It is the middle between the lowest score that is to be answered yes and the next lower one, or 0, so that new
-    images that score about the same are answered alike.
+    It is the middle between the highest score at which they are found and the next lower one of any row, or 0, so that
+    new images that score about the same are answered alike. Never call it on test rows.
 
     Args:
         positive: bool array, shape (num_images,).
@@ -233,7 +233,7 @@ def threshold_of_sensitivity(positive: np.ndarray, scores: np.ndarray, sensitivi
         raise ValueError("no row is positive, so no threshold has a sensitivity; take a split that has some.")
     found = np.sort(scores[np.asarray(positive, bool)])[::-1]
     # Rounded first: 0.07 · 100 is a little above 7.
-    lowest = found[int(np.ceil(np.round(sensitivity * len(found), 9))) - 1]
+    lowest = found[max(1, int(np.ceil(np.round(sensitivity * len(found), 9)))) - 1]
     below = np.max(scores[scores < lowest], initial=0.0)
     middle = (float(lowest) + float(below)) / 2
     return middle if middle > below else float(lowest)

@@ -159,6 +159,94 @@ def test_read_from_memory_equals_read_from_disk(tmp_path, ramp):
     )
 
 
+def _arrays(ramp):
+    """Pictures of every kind that a PNG can hold, RGB order."""
+    deep, colour = ramp.astype(np.uint16) * 16 + 3, np.dstack([ramp, 255 - ramp, ramp // 2])
+    return {
+        "grey": ramp,
+        "colour": colour,
+        "alpha": np.dstack([colour, ramp[::-1]]),
+        "deep": deep,
+        "deep colour": colour.astype(np.uint16) * 200 + 77,
+        "deep alpha": np.dstack([colour, ramp[::-1]]).astype(np.uint16) * 257,
+        "constant": np.full((3, 4), 700, np.uint16),
+        "one pixel": np.full((1, 1), 77, np.uint8),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["grey", "colour", "alpha", "deep", "deep colour", "deep alpha", "constant", "one pixel"]
+)
+def test_from_array_equals_read_of_the_file_with_its_pixels(tmp_path, ramp, name):
+    array = _arrays(ramp)[name]
+    stored = array[..., [2, 1, 0, 3][: array.shape[2]]] if array.ndim == 3 else array
+    got = images.from_array(array)
+    assert got.dtype == np.uint8 and got.shape == array.shape[:2]
+    np.testing.assert_array_equal(got, images.read(_png(tmp_path / "a.png", stored)))
+
+
+def test_from_array_of_one_channel_is_that_channel(ramp):
+    for array in (ramp, ramp.astype(np.uint16) * 3, ramp / 255):
+        np.testing.assert_array_equal(images.from_array(array[..., None]), images.from_array(array))
+
+
+def test_from_array_colour_is_luma_by_hand():
+    # RGB: 0.299 · 200 + 0.587 · 100 + 0.114 · 50 = 124.2
+    assert images.from_array(np.full((2, 2, 3), (200, 100, 50), np.uint8)).tolist() == [[124, 124], [124, 124]]
+
+
+@pytest.mark.parametrize(
+    "kind", ["int8", "int16", "uint16", "int32", "uint32", "int64", "float16", "float32", "float64"]
+)
+def test_from_array_scales_every_type_but_uint8_by_its_own_range(kind):
+    array = np.array([[-50, 0, 50], [70, 100, 110]]) + (50 if kind[0] == "u" else 0)
+    # -50 to 0 and 110 to 255: 255 / 160 = 1.59375 a step
+    expected = [[0, 80, 159], [191, 239, 255]]
+    assert images.from_array(array.astype(kind)).tolist() == expected
+    assert images.from_array(array.astype(kind)[::-1, ::-1]).tolist() == np.array(expected)[::-1, ::-1].tolist()
+    assert not images.from_array(np.full((2, 2), 9, kind)).any()
+
+
+def test_from_array_keeps_uint8_and_does_not_write_to_what_it_is_given(ramp):
+    dark = ramp // 4
+    np.testing.assert_array_equal(images.from_array(dark), dark)
+    values = np.array([[np.nan, 1.0, -1.0]])
+    assert images.from_array(values).tolist() == [[128, 255, 0]] and np.isnan(values[0, 0])
+
+
+def test_from_array_of_values_beyond_float32_is_no_error():
+    # Unlimited, and larger than any float32: the largest become white, the least black.
+    assert images.from_array(np.array([[-np.inf, 0.0, np.inf]])).tolist()[0][::2] == [0, 255]
+    assert images.from_array(np.array([[0.0, 1e300]])).tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((5, 40, 50)), r"float64 of shape \(5, 40, 50\).*Give several slices as a list"),
+        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\); expected numbers of shape \(height, width\)"),
+        (np.zeros(7, np.uint8), "expected numbers of shape"),
+        (np.zeros((0, 7), np.uint8), "expected numbers of shape"),
+        (np.zeros((7, 7, 3, 1), np.uint8), "expected numbers of shape"),
+        (np.zeros((7, 7), bool), "array of bool"),
+        (np.zeros((7, 7), complex), "array of complex128"),
+        (np.array([["a"]]), "expected numbers of shape"),
+        (np.zeros((7, 7, 4), np.float32), "transparency in float32; expected uint8 or uint16"),
+        (np.zeros((7, 7, 4), np.int16), "transparency in int16"),
+    ],
+)
+def test_from_array_of_what_is_no_picture_is_refused(array, message):
+    with pytest.raises(ValueError, match=message):
+        images.from_array(array)
+
+
+def test_from_array_of_more_pixels_than_are_read_is_refused(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 12)
+    assert images.from_array(np.zeros((3, 4, 3), np.uint8)).shape == (3, 4)
+    with pytest.raises(ValueError, match="5×3 pixels, more than the 12 that are read"):
+        images.from_array(np.zeros((3, 5), np.uint8))
+
+
 def test_resize_pad_keeps_the_aspect_ratio():
     got = images.resize(np.full((20, 10), 200, np.uint8), (16, 16), fit="pad")
     assert got.shape == (16, 16)

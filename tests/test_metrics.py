@@ -286,3 +286,89 @@ def test_multiclass_rows_take_other_scores(scored):
     rows = metrics.multiclass_rows(ids, answers, groups, NAMES, task="t", num_draws=9, scores=losses)
     assert [row["metric"] for row in rows] == ["log_loss"] * 2
     assert rows[1]["value"] == pytest.approx(np.log(3), abs=1e-12) and rows[0]["baseline"]["variant"] == "prior"
+
+
+def test_threshold_of_sensitivity_by_hand():
+    positive = np.array([True, True, True, True, False, False])
+    scores = np.array([0.9, 0.7, 0.5, 0.2, 0.6, 0.1])
+    # For 3 of 4 the score 0.5 is to be answered yes, and 0.2, a positive's, is the next: the middle lies between.
+    for sensitivity, expected in [(0.75, 0.35), (0.7, 0.35), (0.76, 0.15), (1, 0.15), (0.5, 0.65), (0.25, 0.8)]:
+        found = metrics.threshold_of_sensitivity(positive, scores, sensitivity)
+        assert found == pytest.approx(expected, abs=1e-15), sensitivity
+    # Below the lowest of all scores lies 0.
+    assert metrics.threshold_of_sensitivity(positive[:4], scores[:4], 1) == pytest.approx(0.1, abs=1e-15)
+    assert metrics.threshold_of_sensitivity(np.array([True]), np.array([0.0]), 1) == 0
+
+
+def test_threshold_of_sensitivity_takes_equal_scores_together():
+    positive, scores = np.array([True, True, True, False, False]), np.array([0.8, 0.8, 0.8, 0.8, 0.4])
+    for sensitivity in (0.01, 0.5, 1):
+        assert metrics.threshold_of_sensitivity(positive, scores, sensitivity) == pytest.approx(0.6, abs=1e-15)
+    # Where no number lies between two scores, the higher is the threshold: the lower is answered no.
+    near = np.array([0.5, np.nextafter(0.5, 1)])
+    assert metrics.threshold_of_sensitivity(np.array([False, True]), near, 1) == near[1]
+
+
+@pytest.mark.parametrize("decimals", [1, 8])
+def test_threshold_of_sensitivity_is_the_highest_that_finds_the_share(rng, decimals):
+    for share in (0.01, 0.07, 0.3, 0.5, 0.9, 0.95, 1):
+        positive, scores = rng.random(100) < 0.4, rng.random(100).round(decimals)
+        found = metrics.threshold_of_sensitivity(positive, scores, share)
+        wanted = share - 1e-9  # 0.07 · 100 is a little above 7
+        assert 0 <= found <= 1 and (scores[positive] >= found).mean() >= wanted
+        # With the next higher score for a threshold, fewer than the share are found.
+        higher = scores[scores >= found].min()
+        assert (scores[positive] > higher).mean() < wanted
+        # No positive without its score has a say but as the next lower one.
+        assert metrics.threshold_of_sensitivity(positive, np.where(scores < found, 0, scores), share) <= found
+    assert metrics.threshold_of_sensitivity(np.ones(100, bool), np.arange(100) / 100, 0.07) == pytest.approx(0.925)
+
+
+def test_threshold_of_sensitivity_of_a_minute_share_finds_the_surest_alone():
+    scores = np.array([0.2, 0.4, 0.8])
+    assert metrics.threshold_of_sensitivity(np.ones(3, bool), scores, 1e-10) == pytest.approx(0.6, abs=1e-15)
+
+
+@pytest.mark.parametrize("sensitivity", [0, -0.1, 1.01, float("nan")])
+def test_threshold_of_sensitivity_out_of_range_is_refused(sensitivity):
+    with pytest.raises(ValueError, match="expected a share above 0, at most 1"):
+        metrics.threshold_of_sensitivity(np.array([True]), np.array([0.5]), sensitivity)
+
+
+def test_threshold_of_sensitivity_without_a_positive_is_refused():
+    for positive in (np.zeros(3, bool), np.zeros(0, bool)):
+        with pytest.raises(ValueError, match="no row is positive"):
+            metrics.threshold_of_sensitivity(positive, np.full(len(positive), 0.5), 0.9)
+
+
+def test_multiclass_answered_decides_instead_of_the_largest_probability_but_for_auroc(scored, rng):
+    ids, probabilities, _ = scored
+    weights = rng.integers(0, 4, (3, 90)).astype(np.float32)
+    plain = metrics.multiclass(ids, probabilities, NAMES, weights)
+    answered = rng.integers(0, 3, 90)
+    found = metrics.multiclass(ids, probabilities, NAMES, weights, answered=answered)
+    of_answers = metrics.multiclass(ids, np.eye(3)[answered], NAMES, weights)
+    for metric, label in plain:
+        expected = plain if "auroc" in metric else of_answers
+        np.testing.assert_array_equal(found[metric, label], expected[metric, label])
+    assert (found["accuracy", "all"] != plain["accuracy", "all"]).all()
+    same = metrics.multiclass(ids, probabilities, NAMES, weights, answered=probabilities.argmax(axis=1))
+    for key, values in plain.items():
+        np.testing.assert_array_equal(same[key], values)
+
+
+def test_multiclass_rows_answered_changes_its_own_variant_alone(scored):
+    ids, probabilities, groups = scored
+    majority = metrics.majority_probabilities(ids, 90, 3)
+    given = {"net": probabilities, "twin": probabilities, "majority": majority}
+    options = {"task": "t", "num_draws": 60, "reference": "twin"}
+    plain = metrics.multiclass_rows(ids, given, groups, NAMES, **options)
+    found = metrics.multiclass_rows(ids, given, groups, NAMES, **options, answered={"net": ids})
+    changed = {(new["variant"], new["metric"]) for new, old in zip(found, plain, strict=True) if new != old}
+    assert changed == {("net", name) for name in {row["metric"] for row in plain} if "auroc" not in name}
+    accuracy = {row["variant"]: row for row in found if row["metric"] == "accuracy"}
+    assert accuracy["net"]["value"] == 1 and accuracy["net"]["ci95"] == [1, 1]  # in every draw
+    twin = (probabilities.argmax(axis=1) == ids).mean()
+    assert accuracy["net"]["reference"]["difference"] == pytest.approx(1 - twin, abs=1e-12)
+    low, high = accuracy["twin"]["ci95"]
+    np.testing.assert_allclose(accuracy["net"]["reference"]["difference_ci95"], [1 - high, 1 - low], atol=1e-12)

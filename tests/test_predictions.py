@@ -112,3 +112,56 @@ def test_evaluate_majority_over_folds_of_unlike_prevalence_tells_nothing():
     rows = predictions.evaluate({}, [first, second], np.zeros((24, 64, 64), np.uint8), NAMES[:2], task="t", num_draws=5)
     areas = {row["label"]: row["value"] for row in rows if row["metric"] == "auroc" and row["variant"] == "majority"}
     assert areas == {"a": 0.5, "b": 0.5}
+
+
+def test_evaluate_decide_answers_its_variant_from_the_test_rows_of_each_fold(two_folds):
+    ids, thumbnails, manifests = two_folds
+    wrong = [_table(manifest, 1 - ids).assign(mark=number) for number, manifest in enumerate(manifests)]
+    asked = []
+
+    def right(table, classes):
+        asked.append((len(table), table["mark"].tolist(), classes.tolist()))
+        return table[["y_a", "y_b", "y_c"]].to_numpy().argmax(axis=1)
+
+    tables = {"net": wrong, "twin": wrong}
+    rows = predictions.evaluate(
+        tables, manifests, thumbnails, NAMES, task="t", num_draws=5, decide={"net": right}, reference="twin"
+    )
+    value = {(row["variant"], row["metric"], row["label"]): row for row in rows}
+    for prefix in ("", "2 classes: "):
+        assert value["net", "accuracy", f"{prefix}all"]["value"] == 1
+        assert value["twin", "accuracy", f"{prefix}all"]["value"] == 0
+        assert value["net", "accuracy", f"{prefix}all"]["reference"]["difference"] == 1
+        # Its probabilities are still those of the table, which is always wrong.
+        assert value["net", "auroc", f"{prefix}a"]["value"] == 0
+    # Each fold's own rows; all classes, and then the two that have groups.
+    assert asked == [(20, [0] * 10 + [1] * 10, classes) for classes in ([0, 1, 2], [0, 1])]
+
+
+def test_evaluate_decide_names_classes_by_their_position_among_all():
+    ids = np.repeat([0, 1, 2], 8)
+    groups = [f"{number}-{row % (4 if number != 1 else 2)}" for row, number in enumerate(ids)]
+    split = np.where(np.arange(24) % 2, "test", "train")
+    manifest = _manifest(ids, split, groups=groups)  # the middle class has two groups alone
+    table = _table(manifest, [0] * 24)
+
+    def last(rows, classes):
+        return np.full(len(rows), classes[-1])
+
+    rows = predictions.evaluate(
+        {"net": [table]},
+        [manifest],
+        np.zeros((24, 64, 64), np.uint8),
+        NAMES,
+        task="t",
+        num_draws=5,
+        decide={"net": last},
+    )
+    sensitivity = {
+        row["label"]: row["value"] for row in rows if row["metric"] == "sensitivity" and row["variant"] == "net"
+    }
+    assert sensitivity == {"a": 0, "b": 0, "c": 1, "2 classes: a": 0, "2 classes: c": 1}
+    (apart,) = (
+        row for row in rows if (row["variant"], row["metric"], row["label"]) == ("net", "accuracy", "2 classes: all")
+    )
+    assert (apart["value"], apart["n"]) == (0.5, 8)

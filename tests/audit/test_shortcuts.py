@@ -139,6 +139,47 @@ def test_probe_of_unlike_tables_is_refused(sample):
         audit.probe(measures, pd.DataFrame({"told": told[:2]}), groups)
 
 
+def test_classify_tells_what_the_training_images_show_of_every_image(rng):
+    ids = np.arange(240) % 3
+    measures = pd.DataFrame({"width": 10.0 * ids, "noise": rng.random(240)})
+    train = np.arange(120)
+    told = audit.classify(measures, ids[train], train, 3, seed=0)
+    assert told.shape == (240, 3)
+    np.testing.assert_allclose(told.sum(axis=1), 1, atol=1e-12)
+    assert (told.argmax(axis=1) == ids).all() and told[np.arange(240), ids].min() > 0.9
+    np.testing.assert_array_equal(audit.classify(measures, ids[train], train, 3, seed=0), told)
+    # The labels are those of the rows named, in their order.
+    backwards = audit.classify(measures, ids[train[::-1]], train[::-1], 3, seed=0)
+    assert (backwards.argmax(axis=1) == ids).all()
+
+
+def test_classify_knows_nothing_from_noise_and_nothing_of_other_rows(rng):
+    ids, measures = rng.integers(0, 2, 400), pd.DataFrame({"noise": rng.random(400)})
+    train = np.arange(0, 400, 2)
+    told = audit.classify(measures, ids[train], train, 2)
+    held_out = np.setdiff1d(np.arange(400), train)
+    # 200 trials of a coin: three standard errors of 0.035
+    assert abs((told.argmax(axis=1) == ids)[held_out].mean() - 0.5) < 0.11
+    changed = measures.copy()
+    changed.loc[held_out, "noise"] = rng.random(200)
+    np.testing.assert_array_equal(audit.classify(changed, ids[train], train, 2)[train], told[train])
+
+
+def test_classify_gives_a_class_that_no_training_image_has_nothing(rng):
+    ids = np.resize([1, 3], 100)
+    told = audit.classify(pd.DataFrame({"width": ids * 1.0}), ids, np.arange(100), 5)
+    assert told.shape == (100, 5) and not told[:, [0, 2, 4]].any()
+    assert (told.argmax(axis=1) == ids).all()
+
+
+def test_classify_takes_unknown_measures():
+    ids = np.arange(120) % 2
+    width = np.where(ids == 1, np.nan, 5.0)
+    measures = pd.DataFrame({"width": width, "never": np.nan, "bits": pd.array([8, 8, None, None] * 30, "Int64")})
+    told = audit.classify(measures, ids, np.arange(120), 2)
+    assert (told.argmax(axis=1) == ids).all()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_folds_cut_no_group_and_hold_both_kinds(seed):
     # 5 groups with positives, of which 2 are mixed, and 3 without: 5 groups with negatives

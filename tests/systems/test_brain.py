@@ -462,3 +462,50 @@ def test_run_killed_while_training_ends_with_the_undisturbed_weights(brain_root,
         np.testing.assert_array_equal(one, other)
     one, other = (pd.read_csv(run / "predictions.csv") for run in (whole, resumed))
     pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
+@pytest.mark.slow
+def test_smoke_run_keeps_the_split_of_07_and_predict_repeats_it_in_a_fresh_process(tmp_path):
+    quick = {"networks": ["compact"], "ablation": [], "compare_class_weights": False, "published_protocol": False}
+    done = []
+    for name, given in {"07_brain_mri": quick, "08_brain_cascade": {}}.items():
+        notebook = notebooks.describe(name)
+        given = {**given, "epochs": 1}
+        done.append(notebooks.run(notebook, notebooks.resolve(notebook, profile="smoke", given=given))[0])
+    earlier, run = done
+    assert runs.read_json(run / "params.json")["from_run"] == str(earlier)
+    ids = ["fold", "image_path", "group_id", "split"]
+    one, other = (pd.read_csv(each / "split.csv")[ids].sort_values(ids, ignore_index=True) for each in done)
+    pd.testing.assert_frame_equal(one, other)
+
+    content = runs.read_json(run / "metrics.json")
+    rows = pd.DataFrame(content["rows"])
+    assert set(rows["task"]) == {"slices", "people", "disease", "kind", "severity", "type", "shortcuts"} | {
+        f"disease, {task}" for task in brain.CLASS_NAMES
+    }
+    of_slices = rows[(rows["task"] == "slices") & (rows["metric"] == "accuracy") & (rows["label"] == "all")]
+    assert set(of_slices["variant"]) == {
+        *("cascade", "cascade, likeliest", "flat", "measures"),
+        *(metrics.MAJORITY, metrics.NEAREST_NEIGHBOUR),
+    }
+    assert set(of_slices["n"]) == {160} and {row["variant"] for row in content["headline"]} == {"cascade"}
+    assert content["chosen_by"]["split"] == "valid"
+    told = pd.read_csv(run / "predictions.csv")
+    stated = told.query("variant == 'cascade' and split == 'test'")
+    right = stated.apply(lambda row: row[f"y_{row['outcome']}"] == 1, axis=1).mean()
+    by_hand = of_slices.set_index("variant").loc["cascade", "value"]
+    assert right == pytest.approx(by_hand, abs=1e-12)
+    figures = {path.stem for path in (run / "figures").iterdir()}
+    assert {"threshold", "losses", "confusion", "explained-errors", "model"} <= figures
+
+    source = datasets.locate("brain", runs.read_json(run / "params.json"))
+    out = tmp_path / "told.csv"
+    command = [sys.executable, "-m", "kerasmed", "predict", "brain", str(source.root / "brain")]
+    subprocess.run([*command, "--run", str(run), "--out", str(out)], check=True, timeout=300)
+    got = pd.read_csv(out).assign(image_path=lambda table: "brain/" + table["image_path"]).set_index("image_path")
+    expected = told.query("variant == 'cascade' and fold == 1").set_index("image_path").loc[got.index]
+    columns = [name for name in got if name.startswith(("p_", "disease_", "kind_", "severity_", "type_"))]
+    assert len(columns) == 7 + 2 + 2 + 3 + 3
+    # Batches of other sizes: float32 sums in another order.
+    np.testing.assert_allclose(got[columns], expected[columns], atol=1e-5)
+    assert (got["outcome"] == expected["outcome"]).all()

@@ -87,8 +87,8 @@ def from_array(image: np.ndarray) -> np.ndarray:
         uint8 array, shape (height, width).
 
     Raises:
-        ValueError: another shape or type, no pixel, more than `MAX_PIXELS`, nothing but NaN, or a value that is infinite
-            or beyond float32.
+        ValueError: another shape or type, no pixel, more than `MAX_PIXELS`, nothing but NaN, or a value that is
+            infinite or beyond float32.
 
     Example:
         >>> from_array(np.array([[0, 2047, 4094]], np.uint16)).tolist()

@@ -191,8 +191,8 @@ class BrainCascade:
         options = {"image_size": options["image_size"], **options["read_options"]}
         if not (isinstance(image, (np.ndarray, str, os.PathLike)) or hasattr(image, "read")):
             raise ValueError(
-                f"a slice is a {type(image).__name__}; expected a path, a binary file object or an array, or a flat list "
-                "of such for several slices of one person."
+                f"a slice is a {type(image).__name__}; expected a path, a binary file object or an array, or a flat "
+                "list of such for several slices of one person."
             )
         if isinstance(image, np.ndarray):
             return images.finish(images.from_array(image), **options)

@@ -41,16 +41,17 @@ from kerasmed.presentation import (
     steps,
     threshold_words,
     why_other,
+    worth,
 )
 from kerasmed.runs import read_json
-from kerasmed.serving import MAX_MEGABYTES, NOTEBOOK
+from kerasmed.serving import MAX_MEGABYTES, MAX_MEGAPIXELS, NOTEBOOK
 
 # The recipe, which loads TensorFlow, is imported where it is needed: title and notice appear at once.
 
 MAX_SLICES = 40
 EXPECTED = (
     f"Expected: PNG, JPEG, BMP, TIFF or DICOM of one frame, at most {MAX_MEGABYTES} MB and "
-    f"{images.MAX_PIXELS // 10**6} megapixels a file."
+    f"{MAX_MEGAPIXELS} megapixels a file."
 )
 NOTICE = "**Research software, no diagnosis.** Its answers are often wrong and must not guide anybody's care."
 
@@ -83,6 +84,10 @@ def look(cascade, files: Sequence) -> Look:
                 raise images.ImageError(f"larger than {MAX_MEGABYTES} MB")
             if len(names) == MAX_SLICES:
                 raise images.ImageError(f"one of too many: {MAX_SLICES} slices are read at once")
+            file.seek(0)
+            header = images.read_header(file)
+            if header.height * header.width > MAX_MEGAPIXELS * 10**6:
+                raise images.ImageError(f"{header.width}×{header.height} pixels, more than {MAX_MEGAPIXELS} megapixels")
             file.seek(0)
             picture = images.read(file)
         except (images.ImageError, ValueError, OSError) as error:
@@ -139,6 +144,11 @@ def _number(probability):
 def _card(run: Path, cascade):
     """The model: its name, on what it was trained, what it is worth, and its threshold."""
     metrics, parameters = read_json(run / "metrics.json"), read_json(run / "params.json")
+    words = (
+        "Slices: each by itself; people: all slices of a person together.",
+        worth(metrics["headline"]),
+        threshold_words(cascade.threshold, parameters, metrics["rows"], folds=cascade.about.get("folds", 1)),
+    )
     if metrics["data_source"] == "synthetic":
         st.error(
             "**Trained on SYNTHETIC data: its answers mean nothing on real images.** This model shows how the page "
@@ -152,7 +162,7 @@ def _card(run: Path, cascade):
         _html(
             f"<b>{html.escape(run.name)}</b>, trained on {html.escape(metrics['data_source'])} images"
             f"<table><tr><th>on test images</th><th>value [95 % interval]</th><th>baseline</th></tr>{cells}</table>"
-            f"<small>{threshold_words(cascade.threshold, parameters, metrics['rows'])}</small>"
+            f"<small>{html.escape(' '.join(filter(None, words)))}</small>"
         )
 
 
@@ -173,7 +183,8 @@ def _answer(found: Look, cascade):
         "".join(
             f"<div class='step'><span>{step['question']}</span>"
             f"<b>{step['answer']} {html.escape(step['probability'])}</b>"
-            f"<small>{html.escape(step['own'])}</small></div>"
+            f"<small>{html.escape(step['own'])}</small>"
+            f"<small>{html.escape(step['caution'])}</small></div>"
             for step in steps(reading, cascade.threshold)
         )
     )
@@ -261,7 +272,7 @@ def page():
     try:
         cascade, lock = _load(str(run), finished)
         _card(run, cascade)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:  # what Keras and JSON raise of broken files
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:  # what broken files raise
         st.error("The model cannot be loaded: its run is damaged. Make it anew with `kerasmed run --force`.")
         return st.text(f"{run}: {plain(str(error), 600)}")
     files = st.file_uploader(

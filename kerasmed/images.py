@@ -4,6 +4,7 @@ What happens before the pixels reach a model is decided by this function's optio
 params.json, so that a prediction sees what training saw.
 """
 
+import contextlib
 import hashlib
 import io
 import warnings
@@ -171,10 +172,13 @@ def read_header(path) -> Header:
     A file that passes may still be damaged further on: only `read` finds out. The format of DICOM is "DICOM", its mode
     "L" or "RGB", its bits those stored.
 
+    Args:
+        path: file, or a binary file object at its start.
+
     Raises:
         ImageError: empty, no image, or a header that cannot be read.
     """
-    with open(path, "rb") as file:
+    with contextlib.nullcontext(path) if hasattr(path, "read") else open(path, "rb") as file:
         of_dicom = dicom.read_header(file, path)
         if of_dicom is not None:
             return of_dicom

@@ -24,6 +24,10 @@ OUTCOME_WORDS = {
     **{name: f"Alzheimer's, {WORDS[name]}" for name in ("VeryMildDemented", "MildDemented", "ModerateDemented")},
     **{name: f"Tumour: {WORDS[name].split()[0]}" for name in ("glioma_tumor", "meningioma_tumor", "pituitary_tumor")},
 }
+CAUTIONS = {
+    "kind": "Caution: the two training sets come from different scanners, which alone tell them apart. This answer may "
+    "know the scanner and not the disease."
+}
 DEAD_WORDS = {
     localisation.ZERO_GRADIENT: "no heat: the answer does not depend on what this layer sees",
     localisation.NEGATIVE: "no heat: all that this layer sees speaks against the answer",
@@ -93,6 +97,7 @@ def steps(reading, threshold: float) -> list[dict]:
                 "answer": WORDS[step.answer],
                 "probability": share(step.probability),
                 "own": own,
+                "caution": CAUTIONS.get(step.stage, ""),
             }
         )
     return told
@@ -130,33 +135,62 @@ def slice_outcomes(reading, threshold: float) -> list[str]:
 
 
 def metric_rows(headline: Sequence[Mapping]) -> Iterator[tuple[str, str, str]]:
-    """Put each headline number into words: what, value with interval, and the baseline beside it."""
+    """Put each headline number over all outcomes into words: what, value with interval, and the baseline beside it."""
     for row in headline:
-        label = "" if row["label"] == "all" else f", {row['label']}"
+        if row["label"] != "all":
+            continue
         low, high = row.get("ci95") or (None, None)
         interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         baseline = row["baseline"]
         yield (
-            f"{row['metric']}{label}, {row['task']}".replace("_", " "),
+            f"{row['metric']}, {row['task']}".replace("_", " "),
             f"{row['value']:.3f}{interval}",
             f"{baseline['value']:.3f} ({baseline['variant'].replace('_', ' ')})",
         )
 
 
-def threshold_words(threshold: float, parameters: Mapping, rows: Sequence[Mapping]) -> str:
+def worth(headline: Sequence[Mapping]) -> str:
+    """Say which of the numbers over all outcomes the strongest baseline does better or as well; "" where none."""
+    rows = [row for row in headline if row["label"] == "all"]
+    below = [row for row in rows if row["value"] <= row["baseline"]["value"]]
+    if not below:
+        return ""
+    names = ", ".join(f"{row['metric']}, {row['task']}".replace("_", " ") for row in below)
+    which = "Every number here is" if len(below) == len(rows) else f"These are ({names})"
+    rivals = {row["baseline"]["variant"].replace("_", " ") for row in below}
+    return (
+        f"{which} no better than a baseline that knows nothing of disease: {', '.join(sorted(rivals))}"
+        f"{', the most similar training picture' if 'nearest neighbour' in rivals else ''}."
+    )
+
+
+def threshold_words(threshold: float, parameters: Mapping, rows: Sequence[Mapping], *, folds: int = 1) -> str:
     """Say what the threshold of disease was set for, and what it did on test slices.
 
     Args:
         threshold: of the cascade.
         parameters: of its run; `sensitivity` is what was wanted.
         rows: of its metrics.json.
+        folds: of the run, of which the cascade is the first one's.
     """
     wanted = parameters.get("sensitivity")
     aim = f", set on validation slices to find {wanted:.0%} of the diseased" if wanted else ""
-    what = {"task": "disease", "variant": "cascade", "metric": "sensitivity", "label": "disease"}
-    found = [row["value"] for row in rows if what.items() <= row.items() and row["value"] is not None]
-    met = f"; on test slices it found {found[0]:.0%}" if found else ""
-    return f"Threshold of disease: {threshold:.3f}{aim}{met}."
+    met = ""
+    found = {
+        name: [
+            row["value"]
+            for row in rows
+            if {"task": "disease", "variant": "cascade", "metric": name, "label": "disease"}.items() <= row.items()
+            and row["value"] is not None
+        ]
+        for name in ("sensitivity", "specificity")
+    }
+    if found["sensitivity"]:
+        met = f"; on test slices it found {found['sensitivity'][0]:.0%}"
+    if met and found["specificity"]:
+        met += f", and called {1 - found['specificity'][0]:.0%} of the healthy diseased"
+    several = f" Test figures are over {folds} folds; this is the first fold's model." if folds > 1 else ""
+    return f"Threshold of disease: {threshold:.3f}{aim}{met}.{several}"
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

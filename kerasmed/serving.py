@@ -12,6 +12,7 @@ from pathlib import Path
 NOTEBOOK = "08_brain_cascade"  # whose runs the app shows
 ADDRESS = "127.0.0.1"
 MAX_MEGABYTES = 64  # of an uploaded file
+MAX_MEGAPIXELS = 16  # of an uploaded picture; a slice has less than 1, and deep colour takes 40 bytes a pixel to read
 OPTIONS = {
     # This machine alone: a page of another host that gives itself this address is refused as well.
     **{"server.address": ADDRESS, "browser.serverAddress": ADDRESS, "server.allowedHosts": [ADDRESS, "localhost"]},

@@ -123,8 +123,24 @@ def test_metric_rows_put_the_baseline_beside_the_interval():
     row["baseline"] = {"variant": "nearest_neighbour", "value": 0.25}
     shown = [("balanced accuracy, people", "0.500 [0.400, 0.600]", "0.250 (nearest neighbour)")]
     assert list(presentation.metric_rows([row])) == shown
-    told = ("balanced accuracy, none, people", "0.500", "0.250 (nearest neighbour)")
-    assert list(presentation.metric_rows([row | {"label": "none", "ci95": None}])) == [told]
+    told = ("balanced accuracy, people", "0.500", "0.250 (nearest neighbour)")
+    # Without an interval; and of the outcomes without the rare ones nothing is shown.
+    others = [row | {"ci95": None}, row | {"label": "6 classes: all"}]
+    assert list(presentation.metric_rows(others)) == [told]
+
+
+def test_worth_names_what_the_baseline_does_as_well():
+    good = {"task": "people", "metric": "accuracy", "label": "all", "value": 0.5}
+    good["baseline"] = {"variant": "nearest_neighbour", "value": 0.4}
+    bad = good | {"task": "slices", "value": 0.4}
+    assert presentation.worth([good]) == "" == presentation.worth([])
+    assert presentation.worth([good, bad]).startswith("These are (accuracy, slices) no better than a baseline")
+    assert presentation.worth([bad]).startswith("Every number here is no better")
+    assert presentation.worth([bad]).endswith("nearest neighbour, the most similar training picture.")
+    measures = bad | {"baseline": {"variant": "measures", "value": 0.7}}
+    assert presentation.worth([measures]).endswith("nothing of disease: measures.")
+    # Figures without the rare outcomes are not on the page, and so not spoken of.
+    assert presentation.worth([good, measures | {"label": "6 classes: all"}]) == ""
 
 
 def test_threshold_words_tell_aim_and_outcome_where_known():
@@ -133,3 +149,7 @@ def test_threshold_words_tell_aim_and_outcome_where_known():
     assert told.startswith("Threshold of disease: 0.256, set on validation slices to find 90% of the diseased")
     assert told.endswith("on test slices it found 88%.")
     assert presentation.threshold_words(0.5, {}, [rows[0] | {"value": None}]) == "Threshold of disease: 0.500."
+    both = [*rows, rows[0] | {"metric": "specificity", "value": 0.4}]
+    told = presentation.threshold_words(0.5, {}, both, folds=5)
+    assert "on test slices it found 88%, and called 60% of the healthy diseased." in told
+    assert told.endswith("Test figures are over 5 folds; this is the first fold's model.")

@@ -214,10 +214,29 @@ def test_from_array_keeps_uint8_and_does_not_write_to_what_it_is_given(ramp):
     assert images.from_array(values).tolist() == [[128, 255, 0]] and np.isnan(values[0, 0])
 
 
-def test_from_array_of_values_beyond_float32_is_no_error():
-    # Unlimited, and larger than any float32: the largest become white, the least black.
-    assert images.from_array(np.array([[-np.inf, 0.0, np.inf]])).tolist()[0][::2] == [0, 255]
-    assert images.from_array(np.array([[0.0, 1e300]])).tolist() == [[0, 255]]
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([[0.0, 1.0, np.inf]]),
+        np.array([[-np.inf, 0.0, np.nan]]),
+        np.array([[0.0, 1e300]]),
+        np.array([[0.0, -3.5e38]]),
+        np.array([[0.0, np.inf]], np.float16),
+        np.array([[0.0, np.inf]], np.float32),
+        np.full((2, 3), np.nan),
+        np.full((2, 3, 3), np.nan, np.float32),
+    ],
+)
+def test_from_array_of_infinite_beyond_float32_or_no_values_is_refused(array):
+    with pytest.raises(ValueError, match=f"of {array.dtype}, has nothing but NaN, or .*; clip it or mark such pixels"):
+        images.from_array(array)
+
+
+def test_from_array_of_the_largest_values_of_float32_is_no_error():
+    most = float(np.finfo(np.float32).max)
+    assert images.from_array(np.array([[0.0, most]])).tolist() == [[0, 255]]
+    assert images.from_array(np.array([[0, most]], np.float32)).tolist() == [[0, 255]]
+    assert images.from_array(np.array([[-1e38, 0.0, np.nan, 1e38]])).tolist() == [[0, 128, 128, 255]]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from PIL import Image
 
 from kerasmed import gradcam, images, layers, models, runs
 from kerasmed.systems.brain import cascade, prediction
@@ -398,6 +399,36 @@ def test_predict_refuses_what_is_no_slice(lines, tmp_path, picture):
     for odd in (np.zeros((0, 4), np.uint8), np.zeros((4, 4), bool), np.zeros(4), np.array(["a"])):
         with pytest.raises(ValueError, match="expected numbers of shape"):
             lines.predict([picture, odd])
+    for odd in (np.array([[0.0, np.inf]]), np.full((4, 4), np.nan)):
+        with pytest.raises(ValueError, match="nothing but NaN, or values that are infinite"):
+            lines.predict([picture, odd])
+
+
+@pytest.mark.parametrize(
+    ("odd", "name"),
+    [
+        (None, "NoneType"),
+        (3, "int"),
+        (b"\x89PNG", "bytes"),
+        ({"image": "a.png"}, "dict"),
+        ([np.zeros((4, 4), np.uint8)], "list"),
+        (Image.new("L", (4, 4)), "Image"),
+    ],
+)
+def test_read_refuses_what_is_neither_path_nor_file_nor_array(lines, picture, odd, name):
+    message = f"a slice is a {name}; expected a path, a binary file object or an array, or a flat list"
+    with pytest.raises(ValueError, match=message):
+        lines.read(odd)
+    with pytest.raises(ValueError, match=message):
+        lines.predict([picture, odd])
+
+
+def test_answer_is_predict_of_slices_that_are_read_already(convolving, tmp_path, rng, picture):
+    slices = [picture, _write(tmp_path, "a.png", rng.integers(0, 256, (33, 90), dtype=np.uint8)), DICOM]
+    pixels = np.stack([convolving.read(one) for one in slices])
+    _same(convolving.answer(pixels), convolving.predict(slices))
+    _same(convolving.answer(pixels[:1]), convolving.predict(picture))
+    assert convolving.answer(pixels).pixels is pixels
 
 
 @pytest.mark.parametrize("changed", [{"fit": "pad"}, {"equalize": True}, {"interpolation": "nearest"}, {}])
@@ -579,18 +610,28 @@ def test_save_that_fails_half_way_leaves_nothing_that_loads(lines, tmp_path, mon
     assert BrainCascade.load(lines.save(folder)).threshold == 0.5
 
 
-def test_save_goes_on_where_a_killed_one_was_removing_the_earlier_cascade(lines, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["before it was aside", "while it was removed"])
+def test_save_goes_on_where_a_killed_one_left_off_with_the_earlier_cascade(lines, tmp_path, monkeypatch, moment):
     folder = lines.save(tmp_path / "cascade")
+    calls = []
 
-    def killed(*_, **__):
-        raise KeyboardInterrupt
+    def killed(path, **_):
+        calls.append(path)
+        if len(calls) == 1 + (moment == "while it was removed"):
+            for part in [path / "kind.keras"] if path.exists() else []:
+                part.unlink()
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(cascade.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         replace(lines, threshold=0.9).save(folder)
     monkeypatch.undo()
-    if folder.exists():
-        with pytest.raises(FileNotFoundError):
+    # The earlier one is there whole, or not at all: half of it lies under another name.
+    if moment == "before it was aside":
+        assert BrainCascade.load(folder).threshold == 0.5
+    else:
+        assert not (calls[-1] / "kind.keras").exists() and (calls[-1] / "disease.keras").exists()
+        with pytest.raises(FileNotFoundError, match="no cascade in"):
             BrainCascade.load(folder)
     assert BrainCascade.load(replace(lines, threshold=0.9).save(folder)).threshold == 0.9
 

@@ -13,9 +13,9 @@ from kerasmed.datasets.brain import CLASS_NAMES
 from kerasmed.manifest import class_ids
 from kerasmed.parameters import names_of
 from kerasmed.systems import brain
-from kerasmed.systems.brain import cascade, networks, staged
+from kerasmed.systems.brain import cascade, networks, results, staged
 from kerasmed.systems.brain.cascade import NONE, OUTCOMES, SEVERITIES, STAGES, TYPES
-from kerasmed.systems.brain.staged import CASCADE, FLAT, JOINT, ORIGIN, PEOPLE, SLICES
+from kerasmed.systems.brain.staged import CASCADE, FLAT, ORIGIN
 
 CONFIG = {
     "profile": "smoke",
@@ -245,69 +245,35 @@ def test_gate_looks_for_pictures_of_several_outcomes(brain_root, source, earlier
         staged.read(_config(), source, _origin(run))
 
 
-def test_read_keeps_patients_of_the_two_sets_apart(brain_root, source, earlier):
-    # Each set numbers its own patients from 0, and nobody is in both.
+def _name_patients(brain_root, prefix):
+    """Write patients.csv of each set: two files a patient, numbered from 0 after `prefix` of the set."""
     for task in CLASS_NAMES:
         home = brain_root / "brain" / task
         paths = sorted(home.rglob("*.jpg"), key=lambda path: (path.parent.name, int(path.stem.split("(")[1][:-1])))
-        if task == "brain_tumor":
-            paths = paths[::-1]
-        lines = [f"{path.relative_to(home).as_posix()},{number // 2}" for number, path in enumerate(paths)]
+        lines = [f"{path.relative_to(home).as_posix()},{prefix(task)}{n // 2}" for n, path in enumerate(paths)]
         (home / "patients.csv").write_text("image_path,patient_id\n" + "\n".join(lines))
-    run, _ = earlier(seed=1)
-    store = staged.read(_config(), source, _origin(run))[0]
-    assert store.manifest["group_id"].nunique() == 48
 
 
-# --- a store without files -------------------------------------------------------------------------------------------
+def test_read_refuses_patients_of_both_sets_even_where_no_split_parts_them(brain_root, source, earlier):
+    _name_patients(brain_root, lambda task: "")
+    run, _ = earlier()
+    message = r"24 patient ids stand in the patients.csv of both sets\..*put the set's name .*First: \['0', '1', '"
+    with pytest.raises(ValueError, match=message):
+        staged.read(_config(), source, _origin(run))
+    _edit_split(run, lambda table: table.assign(split="train"))
+    with pytest.raises(ValueError, match=message):
+        staged.read(_config(), source, _origin(run))
 
 
-def _store(outcomes, groups, split, thumbnails=None):
-    """A store of images that show nothing: their outcomes, groups and splits are what is looked at."""
-    ids = np.array([OUTCOMES.index(name) for name in outcomes])
-    count = len(ids)
-    manifest = pd.DataFrame(np.eye(7, dtype=int)[ids], columns=OUTCOMES).assign(
-        image_path=[f"{row}.png" for row in range(count)],
-        patient_id=np.nan,
-        study_id=np.nan,
-        group_id=[str(group) for group in groups],
-        split=split,
-        task=np.where(ids > 3, "brain_tumor", "alzheimer"),
-    )
-    if thumbnails is None:
-        thumbnails = np.random.default_rng(0).integers(0, 256, (count, 64, 64), dtype=np.uint8)
-    return pipelines.Store(thumbnails[:, :8, :8], thumbnails, manifest, None, pd.DataFrame(), None)
+def test_read_takes_patients_whose_ids_name_their_set(brain_root, source, earlier):
+    _name_patients(brain_root, lambda task: f"{task} ")
+    run, _ = earlier()
+    for store in staged.read(_config(), source, _origin(run)):
+        groups = store.manifest.groupby("group_id")
+        assert len(groups) == 48 and (groups["split"].nunique() == 1).all() and (groups["task"].nunique() == 1).all()
 
 
-@pytest.fixture
-def store():
-    """Of each outcome nine groups of two images, three groups in each split; rows in no order of these."""
-    order = np.random.default_rng(1).permutation(126)
-    group = order // 2
-    outcomes = [OUTCOMES[number % 7] for number in group]
-    split = np.array(["train", "valid", "test"])[group // 7 % 3]
-    made = _store(outcomes, group, split)
-    # Healthy people are of either set.
-    made.manifest.loc[(made.manifest[NONE] == 1) & (group % 2 == 1), "task"] = "brain_tumor"
-    return made
-
-
-def _trained(store, told):
-    """What training leaves, for stage -> probabilities of every image."""
-    return {
-        task: staged.Trained(
-            "compact",
-            task,
-            None,
-            predictions.tabulate(
-                (store if task == FLAT else staged.ask(store, task)).manifest,
-                values,
-                staged.classes_of(task),
-                variant="compact",
-            ),
-        )
-        for task, values in told.items()
-    }
+# --- stages ---------------------------------------------------------------------------------------------------------
 
 
 def _random(rng, count):
@@ -348,9 +314,9 @@ def test_ask_leaves_the_store_as_it_was(store):
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def test_tabulate_by_hand():
+def test_tabulate_by_hand(store_of, tables_of):
     #  the valid images: none at .7, ill at .8, .6 and .3; at a sensitivity of 2/3 the threshold is (.6 + .3) / 2
-    store = _store([NONE, *SEVERITIES, *TYPES], range(7), ["valid"] * 4 + ["train", "test", "test"])
+    store = store_of([NONE, *SEVERITIES, *TYPES], range(7), ["valid"] * 4 + ["train", "train", "test"])
     disease = np.array([0.7, 0.8, 0.6, 0.3, 0.9, 0.45, 0.44])
     alzheimer = np.array([0.9, 0.9, 0.9, 0.9, 0.9, 0.2, 0.9])
     told = {
@@ -360,8 +326,8 @@ def test_tabulate_by_hand():
         "type": np.tile([0.1, 0.6, 0.3], (7, 1)),
         FLAT: np.tile([0.3, 0.1, 0.05, 0.05, 0.1, 0.15, 0.25], (7, 1)),
     }
-    tables = staged.tabulate(_config(sensitivity=2 / 3), store, _trained(store, told))
-    assert list(tables) == [CASCADE, FLAT]
+    tables = tables_of(_config(sensitivity=2 / 3), store, told)
+    assert list(tables) == [CASCADE, FLAT, metrics.MEASURES]
     table = tables[CASCADE]
     np.testing.assert_allclose(table["threshold"], 0.45, rtol=1e-14)
     mild = [SEVERITIES[0]]
@@ -380,15 +346,23 @@ def test_tabulate_by_hand():
     np.testing.assert_allclose(flat["kind_alzheimer"], 2 / 7, rtol=1e-14)
     np.testing.assert_allclose(flat[f"severity_{SEVERITIES[0]}"], 0.5, rtol=1e-14)
     np.testing.assert_allclose(flat[cascade.columns("type")], np.tile([0.2, 0.3, 0.5], (7, 1)), rtol=1e-14)
-    assert set(table["variant"]) == {CASCADE} and set(flat["variant"]) == {FLAT}
-    for each in tables.values():
-        assert each["y_none"].tolist() == [1, 0, 0, 0, 0, 0, 0] and each["split"].tolist()[-2:] == ["test", "test"]
+    # Measures that tell nothing: each of the two outcomes that were learnt is as likely, and the first is the answer.
+    guessed = tables[metrics.MEASURES]
+    expected = np.tile([0, 0, 0, 0, 0.5, 0.5, 0], (7, 1))
+    np.testing.assert_allclose(guessed[[f"p_{name}" for name in OUTCOMES]], expected, atol=1e-12)
+    assert guessed["outcome"].tolist() == [TYPES[0]] * 7 and guessed["threshold"].isna().all()
+    np.testing.assert_allclose(guessed[["disease_disease", "kind_tumour"]], 1, rtol=1e-14)
+    np.testing.assert_allclose(guessed[cascade.columns("severity")], 1 / 3, rtol=1e-14)
+    np.testing.assert_allclose(guessed[cascade.columns("type")], np.tile([0.5, 0.5, 0], (7, 1)), atol=1e-12)
+    for variant, each in tables.items():
+        assert set(each["variant"]) == {variant} and each["y_none"].tolist() == [1, 0, 0, 0, 0, 0, 0]
+        assert each["split"].tolist() == store.manifest["split"].tolist()
 
 
-def test_tabulate_threshold_is_of_the_validation_images_alone(store, rng):
+def test_tabulate_threshold_is_of_the_validation_images_alone(store, tables_of, rng):
     told = _random(rng, 126)
     config = _config(sensitivity=0.8)
-    threshold = staged.tabulate(config, store, _trained(store, told))[CASCADE]["threshold"]
+    threshold = tables_of(config, store, told)[CASCADE]["threshold"]
     assert threshold.nunique() == 1
     valid, ill = (store.manifest["split"] == "valid").to_numpy(), store.manifest[NONE].to_numpy() == 0
     found = told["disease"][:, 1] >= threshold[0]
@@ -398,17 +372,17 @@ def test_tabulate_threshold_is_of_the_validation_images_alone(store, rng):
     shuffled = store.manifest.copy()
     shuffled.loc[~valid, list(OUTCOMES)] = shuffled.loc[~valid, list(OUTCOMES)].to_numpy()[::-1]
     elsewhere = store._replace(manifest=shuffled)
-    again = staged.tabulate(config, elsewhere, _trained(elsewhere, other))[CASCADE]["threshold"]
+    again = tables_of(config, elsewhere, other)[CASCADE]["threshold"]
     assert again.tolist() == threshold.tolist()
     higher = told | {"disease": np.where(valid[:, None], told["disease"][:, ::-1], told["disease"])}
-    assert staged.tabulate(config, store, _trained(store, higher))[CASCADE]["threshold"][0] != threshold[0]
-    stricter = staged.tabulate(_config(sensitivity=1), store, _trained(store, told))[CASCADE]["threshold"][0]
+    assert tables_of(config, store, higher)[CASCADE]["threshold"][0] != threshold[0]
+    stricter = tables_of(_config(sensitivity=1), store, told)[CASCADE]["threshold"][0]
     assert stricter < threshold[0]
 
 
-def test_tabulate_outcome_is_that_of_the_cascade_and_stages_come_back(store, rng):
+def test_tabulate_outcome_is_that_of_the_cascade_and_stages_come_back(store, tables_of, rng):
     told = _random(rng, 126)
-    tables = staged.tabulate(_config(), store, _trained(store, told))
+    tables = tables_of(_config(), store, told)
     stages = staged.stages_of(tables[CASCADE])
     for stage in STAGES:
         np.testing.assert_array_equal(stages[stage], told[stage])
@@ -419,246 +393,14 @@ def test_tabulate_outcome_is_that_of_the_cascade_and_stages_come_back(store, rng
     of_flat = tables[FLAT]["outcome"].tolist()
     assert of_flat == np.array(OUTCOMES)[told[FLAT].argmax(axis=1)].tolist()
     np.testing.assert_allclose(cascade.joint(staged.stages_of(tables[FLAT])), told[FLAT], rtol=1e-12)
-    assert tables[CASCADE].columns.is_unique and list(tables[CASCADE]) == list(tables[FLAT])
+    assert tables[CASCADE].columns.is_unique
+    assert list(tables[CASCADE]) == list(tables[FLAT]) == list(tables[metrics.MEASURES])
 
 
-def test_tabulate_without_a_diseased_validation_image_is_refused(rng):
-    store = _store([NONE, TYPES[0]], "ab", ["valid", "train"])
+def test_tabulate_without_a_diseased_validation_image_is_refused(store_of, tables_of, rng):
+    store = store_of([NONE, TYPES[0]], "ab", ["valid", "train"])
     with pytest.raises(ValueError, match="no row is positive"):
-        staged.tabulate(_config(), store, _trained(store, _random(rng, 2)))
-
-
-# --- people ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def few():
-    """Seven slices of three groups, the second of which has slices of two outcomes; rows in no order."""
-    thumbnails = np.zeros((7, 64, 64), np.uint8)
-    thumbnails[:] = np.array([10, 100, 21, 30, 7, 61, 200])[:, None, None]
-    thumbnails[0, 0, 0] = 255
-    outcomes = [TYPES[0], NONE, TYPES[0], SEVERITIES[1], NONE, TYPES[0], SEVERITIES[1]]
-    return _store(outcomes, ["a", "b", "a", "c", "b", "b", "c"], ["test"] * 7, thumbnails)
-
-
-def test_people_by_hand(few, rng):
-    told = _random(rng, 7)
-    tables = staged.tabulate(_config(), few._replace(manifest=few.manifest.assign(split="valid")), _trained(few, told))
-    found = staged.people(few, tables)
-    rows_of = [[0, 2], [1, 4], [3, 6], [5]]
-    assert found.manifest["group_id"].tolist() == ["a", "b", "c", "b"]
-    assert found.manifest["slices"].tolist() == [2, 2, 2, 1]
-    truth = class_ids(found.manifest, OUTCOMES)
-    assert [OUTCOMES[number] for number in truth] == [TYPES[0], NONE, SEVERITIES[1], TYPES[0]]
-    # 10 and 21, of which the half goes to the even; 100 and 7; 30 and 200; 61
-    assert found.thumbnails.dtype == np.uint8 and found.thumbnails[:, 5, 5].tolist() == [16, 54, 115, 61]
-    assert found.thumbnails[0, 0, 0] == 138
-    of_cascade, of_flat = found.tables[CASCADE], found.tables[FLAT]
-    for person, rows in enumerate(rows_of):
-        for stage in STAGES:
-            mean = told[stage][rows].mean(axis=0)
-            np.testing.assert_allclose(of_cascade.loc[person, cascade.columns(stage)].tolist(), mean, rtol=1e-13)
-        # Of the flat network the outcomes are averaged, not its stages.
-        mean = told[FLAT][rows].mean(axis=0)
-        np.testing.assert_allclose(of_flat.loc[person, [f"p_{name}" for name in OUTCOMES]].tolist(), mean, rtol=1e-13)
-        assert of_flat.loc[person, "outcome"] == OUTCOMES[mean.argmax()]
-        conditional = mean[1:4] / mean[1:4].sum()
-        np.testing.assert_allclose(of_flat.loc[person, cascade.columns("severity")].tolist(), conditional, rtol=1e-12)
-    stages = staged.stages_of(of_cascade)
-    np.testing.assert_allclose(of_cascade[[f"p_{name}" for name in OUTCOMES]], cascade.joint(stages), rtol=1e-13)
-    assert (of_cascade["threshold"] == tables[CASCADE]["threshold"].iloc[0]).all()
-    ends = cascade.answers(stages, of_cascade["threshold"].to_numpy())
-    assert of_cascade["outcome"].tolist() == np.array(OUTCOMES)[ends].tolist()
-    assert of_cascade["y_none"].tolist() == [0, 1, 0, 0]
-
-
-def test_people_of_one_slice_each_are_the_slices(store, rng):
-    alone = store._replace(manifest=store.manifest.assign(group_id=[f"g{row}" for row in range(126)]))
-    tables = staged.tabulate(_config(), alone, _trained(alone, _random(rng, 126)))
-    found = staged.people(alone, tables)
-    np.testing.assert_array_equal(found.thumbnails, alone.thumbnails)
-    assert (found.manifest["slices"] == 1).all()
-    for variant, table in tables.items():
-        pd.testing.assert_frame_equal(found.tables[variant], table, rtol=1e-12, check_dtype=False)
-
-
-def test_people_do_not_depend_on_the_order_of_slices(store, rng):
-    told = _random(rng, 126)
-    tables = staged.tabulate(_config(), store, _trained(store, told))
-    found = staged.people(store, tables)
-    assert len(found.manifest) == 63 and (found.manifest["slices"] == 2).all()
-    order = rng.permutation(126)
-    mixed = store._replace(
-        manifest=store.manifest.iloc[order].reset_index(drop=True), thumbnails=store.thumbnails[order]
-    )
-    again = staged.people(mixed, {name: table.iloc[order].reset_index(drop=True) for name, table in tables.items()})
-    place = pd.Index(again.manifest["group_id"]).get_indexer(found.manifest["group_id"])
-    np.testing.assert_array_equal(again.thumbnails[place], found.thumbnails)
-    for variant in tables:
-        one, other = found.tables[variant], again.tables[variant].iloc[place]
-        assert one["outcome"].tolist() == other["outcome"].tolist()
-        values = [name for name in one if name.startswith("p_")]
-        np.testing.assert_allclose(one[values], other[values], rtol=1e-12)
-
-
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
-def _measures(count, **columns):
-    """Measures that tell nothing, but for those given."""
-    names = [name for names in staged.MEASURES.values() for name in names]
-    return pd.DataFrame(dict.fromkeys(names, 1.0) | columns, index=range(count))
-
-
-def _value(rows):
-    return {(row["task"], row["variant"], row["metric"], row["label"]): row for row in rows}
-
-
-def test_evaluate_perfect_stages_are_always_right_beside_baselines_that_are_not(store):
-    tables = staged.tabulate(_config(), store, _trained(store, _perfect(store)))
-    rows = _value(staged.evaluate(_config(), [store], [tables], _measures(126)))
-    for task, count in ((SLICES, 42), (PEOPLE, 21)):
-        for variant in (CASCADE, JOINT, FLAT):
-            for metric in ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc"):
-                assert rows[task, variant, metric, "all"]["value"] == 1
-            accuracy = rows[task, variant, "accuracy", "all"]
-            assert (accuracy["n"], accuracy["n_groups"], accuracy["ci95"]) == (count, 21, [1, 1])
-            assert accuracy["baseline"]["value"] < 0.5
-            assert ("reference" in accuracy) == (variant != FLAT)
-            if variant != FLAT:
-                assert accuracy["reference"]["variant"] == FLAT and accuracy["reference"]["difference"] == 0
-        assert rows[task, metrics.MAJORITY, "accuracy", "all"]["value"] == pytest.approx(1 / 7)
-        assert (task, metrics.NEAREST_NEIGHBOUR, "accuracy", "all") in rows
-    assert (SLICES, metrics.MEASURES, "accuracy", "all") in rows
-    assert (PEOPLE, metrics.MEASURES, "accuracy", "all") not in rows
-    assert {task for task, *_ in rows} == {SLICES, PEOPLE}
-
-
-def test_evaluate_scores_the_paths_outcome_and_the_likeliest_apart_over_all_folds(store, rng):
-    turned = store.manifest["split"].map({"train": "test", "valid": "train", "test": "valid"})
-    folds = [store, store._replace(manifest=store.manifest.assign(split=turned))]
-    told = [_random(rng, 126) for _ in folds]
-    tables = [staged.tabulate(_config(), fold, _trained(fold, each)) for fold, each in zip(folds, told)]
-    rows = _value(staged.evaluate(_config(), folds, tables, _measures(126)))
-    truth = np.array(OUTCOMES)[class_ids(store.manifest, OUTCOMES)]
-    right = {CASCADE: [], JOINT: [], FLAT: []}
-    for fold, of_fold in zip(folds, tables):
-        tested = pipelines.rows(fold, "test")
-        joint = of_fold[CASCADE][[f"p_{name}" for name in OUTCOMES]].to_numpy()
-        answers = {
-            CASCADE: of_fold[CASCADE]["outcome"].to_numpy(),
-            JOINT: np.array(OUTCOMES)[joint.argmax(axis=1)],
-            FLAT: of_fold[FLAT]["outcome"].to_numpy(),
-        }
-        for variant, each in answers.items():
-            right[variant] += (each == truth)[tested].tolist()
-    for variant, hits in right.items():
-        accuracy = rows[SLICES, variant, "accuracy", "all"]
-        assert (accuracy["value"], accuracy["n"]) == (pytest.approx(np.mean(hits), abs=1e-12), 84)
-    assert np.mean(right[CASCADE]) != np.mean(right[JOINT])
-    # The probabilities behind both are the same.
-    areas = [rows[SLICES, variant, "macro_auroc", "all"]["value"] for variant in (CASCADE, JOINT)]
-    assert areas[0] == areas[1]
-    gathered = [staged.people(fold, of_fold) for fold, of_fold in zip(folds, tables)]
-    hits = [
-        (each.tables[CASCADE]["outcome"] == np.array(OUTCOMES)[class_ids(each.manifest, OUTCOMES)])[
-            each.manifest["split"] == "test"
-        ]
-        for each in gathered
-    ]
-    accuracy = rows[PEOPLE, CASCADE, "accuracy", "all"]
-    assert (accuracy["value"], accuracy["n"]) == (pytest.approx(np.concatenate(hits).mean(), abs=1e-12), 42)
-
-
-def test_evaluate_without_a_rare_outcome_follows_paths_that_do_not_lead_to_it(store, rng):
-    # Of the last severity two groups are left, in train and test: six outcomes are scored apart.
-    rare = store.manifest[SEVERITIES[2]] == 1
-    groups = store.manifest.loc[rare].drop_duplicates("group_id").groupby("split")["group_id"].first()
-    kept = ~rare | store.manifest["group_id"].isin(groups[["train", "test"]])
-    manifest = store.manifest[kept].reset_index(drop=True)
-    store = store._replace(manifest=manifest, thumbnails=store.thumbnails[kept], images=store.images[kept])
-    told = _random(rng, len(manifest))
-    tables = staged.tabulate(_config(), store, _trained(store, told))
-    rows = _value(staged.evaluate(_config(), [store], [tables], _measures(len(manifest))))
-    tested = np.flatnonzero((manifest["split"] == "test") & (manifest[SEVERITIES[2]] == 0))
-    truth = class_ids(manifest, OUTCOMES)[tested]
-    among = [0, 1, 2, 4, 5, 6]
-    stages = {stage: told[stage][tested] for stage in STAGES}
-    ends = cascade.answers(stages, tables[CASCADE]["threshold"].to_numpy()[tested], among=among)
-    apart = rows[SLICES, CASCADE, "accuracy", "6 classes: all"]
-    assert (apart["value"], apart["n"]) == (pytest.approx((ends == truth).mean(), abs=1e-12), 36)
-    likeliest = np.array(among)[cascade.joint(stages)[:, among].argmax(axis=1)]
-    apart = rows[SLICES, JOINT, "accuracy", "6 classes: all"]
-    assert apart["value"] == pytest.approx((likeliest == truth).mean(), abs=1e-12)
-    assert rows[SLICES, CASCADE, "accuracy", "all"]["n"] == 38
-
-
-def test_evaluate_stages_score_each_on_its_own_images_and_disease_by_the_threshold(store, rng):
-    told = _random(rng, 126)
-    config = _config(sensitivity=0.9)
-    tables = staged.tabulate(config, store, _trained(store, told))
-    threshold = tables[CASCADE]["threshold"][0]
-    assert abs(threshold - 0.5) > 0.05
-    rows = _value(staged.evaluate_stages(config, [store], [tables]))
-    # What is asked -> its stage, of which set, and how many test images of it there are.
-    asked = {stage: (stage, list(CLASS_NAMES), {"disease": 42, "kind": 36}.get(stage, 18)) for stage in STAGES}
-    asked |= {"disease, alzheimer": ("disease", ["alzheimer"], 22)}
-    asked |= {"disease, brain_tumor": ("disease", ["brain_tumor"], 20)}
-    assert {task for task, *_ in rows} == set(asked)
-    flat = cascade.from_joint(told[FLAT])
-    for task, (stage, sets, count) in asked.items():
-        names = list(STAGES[stage])
-        manifest = staged.ask(store, stage).manifest
-        here = ((manifest["split"] == "test") & manifest["task"].isin(sets)).to_numpy()
-        truth = class_ids(manifest, names)
-        for variant, each in ((CASCADE, told), (FLAT, flat)):
-            answer = each[stage].argmax(axis=1)
-            if (stage, variant) == ("disease", CASCADE):
-                answer = (each[stage][:, 1] >= threshold).astype(int)
-            accuracy = rows[task, variant, "accuracy", "all"]
-            assert accuracy["value"] == pytest.approx((answer == truth)[here].mean(), abs=1e-12), (task, variant)
-            assert accuracy["n"] == here.sum() == count
-            second = names[1]
-            sensitivity = (answer == 1)[here & (truth == 1)].mean()
-            assert rows[task, variant, "sensitivity", second]["value"] == pytest.approx(sensitivity, abs=1e-12)
-            area = metrics.auroc(truth[here] == 1, each[stage][here, 1], np.ones((1, count)))[0]
-            assert rows[task, variant, "auroc", second]["value"] == pytest.approx(area, abs=1e-12)
-        assert rows[task, CASCADE, "accuracy", "all"]["reference"]["variant"] == FLAT
-        # Of the training images of the same stage and set.
-        learnt = truth[((manifest["split"] == "train") & manifest["task"].isin(sets)).to_numpy()]
-        majority = (truth[here] == np.bincount(learnt).argmax()).mean()
-        assert rows[task, metrics.MAJORITY, "accuracy", "all"]["value"] == pytest.approx(majority)
-        assert (task, metrics.NEAREST_NEIGHBOUR, "accuracy", "all") in rows
-
-
-def test_evaluate_stages_nearest_neighbour_learns_from_the_images_of_the_stage_alone(store):
-    # Every test image has its copy among the training images of no stage but disease: healthy ones.
-    thumbnails = np.array(store.thumbnails)
-    healthy = np.flatnonzero((store.manifest["split"] == "train") & (store.manifest[NONE] == 1))
-    tested = pipelines.rows(store, "test")
-    thumbnails[tested] = thumbnails[np.resize(healthy, len(tested))]
-    tables = staged.tabulate(_config(), store, _trained(store, _perfect(store)))
-    rows = _value(staged.evaluate_stages(_config(), [store._replace(thumbnails=thumbnails)], [tables]))
-    neighbour = {stage: rows[stage, metrics.NEAREST_NEIGHBOUR, "accuracy", "all"]["value"] for stage in STAGES}
-    assert neighbour["disease"] == pytest.approx(6 / 42)
-    # Were the healthy images counted to the first class, all would be answered by it.
-    first = list(STAGES["severity"])[0]
-    assert rows["severity", metrics.NEAREST_NEIGHBOUR, "sensitivity", first]["value"] < 1
-    assert all(rows[stage, CASCADE, "accuracy", "all"]["value"] == 1 for stage in STAGES)
-
-
-@pytest.mark.parametrize("rare", SEVERITIES)
-def test_evaluate_stages_score_a_class_of_few_groups_apart(store, rng, rare):
-    here = store.manifest[rare] == 1
-    groups = store.manifest.loc[here].drop_duplicates("group_id").groupby("split")["group_id"].first()
-    kept = ~here | store.manifest["group_id"].isin(groups[["train", "test"]])
-    manifest = store.manifest[kept].reset_index(drop=True)
-    store = store._replace(manifest=manifest, thumbnails=store.thumbnails[kept], images=store.images[kept])
-    tables = staged.tabulate(_config(), store, _trained(store, _random(rng, len(manifest))))
-    rows = _value(staged.evaluate_stages(_config(), [store], [tables]))
-    assert rows["severity", CASCADE, "accuracy", "all"]["n"] == 14
-    assert ("severity", CASCADE, "accuracy", "2 classes: all") in rows
-    assert rows["severity", CASCADE, "accuracy", "2 classes: all"]["n"] == 12
+        tables_of(_config(), store, _random(rng, 2))
 
 
 # --- measures --------------------------------------------------------------------------------------------------------
@@ -673,37 +415,35 @@ def test_measure_gives_what_is_known_without_looking_beside_the_store(source, ea
     np.testing.assert_allclose(found["mean intensity"], store.thumbnails.mean(axis=(1, 2)), rtol=1e-12)
 
 
-def test_guess_learns_from_the_training_images_alone(store):
+def test_tabulate_measures_learn_from_the_training_images_alone(store, tables_of, measures_of):
     ids = class_ids(store.manifest, OUTCOMES)
     # Enough images for a leaf of twenty.
     many = store.manifest.loc[np.tile(np.arange(126), 12)].reset_index(drop=True)
     store, ids = store._replace(manifest=many, thumbnails=np.tile(store.thumbnails, (12, 1, 1))), np.tile(ids, 12)
-    measures = _measures(len(ids), height=ids * 10.0)
-    told = staged.guess(store, measures, seed=0)
+    measures = measures_of(len(ids), height=ids * 10.0)
+    perfect = {**cascade.from_joint(np.eye(7)[ids]), FLAT: np.eye(7)[ids]}
+    told = tables_of(_config(), store, perfect, measures)[metrics.MEASURES]
     names = [f"p_{name}" for name in OUTCOMES]
-    assert (told[names].to_numpy().argmax(axis=1) == ids).all() and set(told["variant"]) == {metrics.MEASURES}
+    assert (told[names].to_numpy().argmax(axis=1) == ids).all()
+    assert told["outcome"].tolist() == np.array(OUTCOMES)[ids].tolist()
     np.testing.assert_allclose(told[names].sum(axis=1), 1, atol=1e-12)
-    other = many.copy()
     unseen = (many["split"] != "train").to_numpy()
+    other = many.copy()
     other.loc[unseen, list(OUTCOMES)] = np.eye(7, dtype=int)[(ids[unseen] + 1) % 7]
-    again = staged.guess(store._replace(manifest=other), measures, seed=0)
+    again = tables_of(_config(), store._replace(manifest=other), perfect, measures)[metrics.MEASURES]
     np.testing.assert_array_equal(again[names], told[names])
     moved = measures.assign(height=np.where(unseen, 10.0 * ((ids + 3) % 7), measures["height"]))
-    seen = staged.guess(store, moved, seed=0)
+    seen = tables_of(_config(), store, perfect, moved)[metrics.MEASURES]
     np.testing.assert_array_equal(seen.loc[~unseen, names], told.loc[~unseen, names])
     assert (seen[names].to_numpy().argmax(axis=1)[unseen] == ((ids + 3) % 7)[unseen]).all()
-    tables = staged.tabulate(_config(), store, _trained(store, _perfect(store)))
-    rows = _value(staged.evaluate(_config(bootstraps=2), [store], [tables], measures))
-    assert rows[SLICES, metrics.MEASURES, "accuracy", "all"]["value"] == 1
-    assert rows[SLICES, CASCADE, "accuracy", "all"]["baseline"]["variant"] == metrics.MEASURES
 
 
-def test_probe_finds_the_planted_shortcut_and_none_in_noise(store, rng):
+def test_probe_finds_the_planted_shortcut_and_none_in_noise(store, measures_of, rng):
     many = store.manifest.loc[np.tile(np.arange(126), 4)].reset_index(drop=True)
     many["group_id"] = [f"{group}-{row // 126}" for row, group in enumerate(many["group_id"])]
     store, count = store._replace(manifest=many), len(many)
     tumour, ill = (many["task"] == "brain_tumor").to_numpy(), many[NONE].to_numpy() == 0
-    measures = _measures(
+    measures = measures_of(
         count,
         height=np.where(tumour, 200.0, 100.0),
         width=rng.random(count),
@@ -711,44 +451,46 @@ def test_probe_finds_the_planted_shortcut_and_none_in_noise(store, rng):
     )
     probed = staged.probe(_config(bootstraps=50), store, measures)
     table = probed.set_index(["target", "measures"])
-    assert set(table.index) == {
-        (target, name) for target in ("tumour set", "disease") for name in (*staged.MEASURES, staged.ALL_MEASURES)
+    every = np.ones(count, bool)
+    # Target -> what is positive, among which images, of how many groups. Nine groups of each outcome, four times; of
+    # the healthy, five are of the one set and four of the other.
+    asked = {
+        "tumour set": (tumour, every, 252),
+        "disease": (ill, every, 252),
+        "disease, alzheimer": (ill, ~tumour, 4 * (27 + 5)),
+        "disease, brain_tumor": (ill, tumour, 4 * (27 + 4)),
     }
+    by = [*staged.MEASURES, staged.ALL_MEASURES]
+    assert list(table.index) == [(target, name) for target in asked for name in by]
     assert table.loc[("tumour set", "size"), ["auroc", "low", "strongest"]].tolist() == [1, 1, "height"]
-    assert table.loc[("disease", "mean intensity"), "auroc"] == 1
-    for target, every in (("tumour set", tumour), ("disease", ill)):
+    for target, (positive, among, groups) in asked.items():
+        assert target == "tumour set" or table.loc[(target, "mean intensity"), "auroc"] == 1
         assert table.loc[(target, staged.ALL_MEASURES), "auroc"] == 1
-        # Noise: three standard errors of an AUROC of 252 groups, of which a fourth are healthy, are 0.11.
-        assert table.loc[(target, "border"), "auroc"] == pytest.approx(0.5, abs=0.11)
+        # Noise: three standard errors of an AUROC of 72 healthy images are 0.11, of 32 within a set 0.16.
+        assert table.loc[(target, "border"), "auroc"] == pytest.approx(0.5, abs=0.11 if among.all() else 0.16)
         assert table.loc[(target, "border"), "low"] + 0.02 < table.loc[(target, "border"), "high"]
-        assert set(table.loc[target, "images"]) == {count} and set(table.loc[target, "positives"]) == {every.sum()}
-    assert probed["target"].tolist() == sorted(probed["target"])  # rows of a target stand together
+        assert set(table.loc[target, "images"]) == {among.sum()}
+        assert set(table.loc[target, "positives"]) == {(positive & among).sum()}
+        assert set(table.loc[target, "n_groups"]) == {groups}
+    for task in CLASS_NAMES:  # within a set its size is the same everywhere
+        assert table.loc[(f"disease, {task}", "size"), "strongest"] == "width"
 
-    rows = staged.probe_rows(probed, store)
+    rows = staged.probe_rows(probed)
     value = {(row["label"], row["variant"]): row for row in rows}
     row = value["tumour set", "size"]
     assert (row["task"], row["metric"], row["value"], row["ci95"]) == ("shortcuts", "auroc", 1, [1, 1])
     assert (row["n"], row["n_groups"], row["baseline"], row["reason"]) == (count, 252, None, "")
-    assert len(rows) == 8 and value["disease", "border"]["value"] < 0.62
+    row = value["disease, brain_tumor", "border"]
+    shown = table.loc[("disease, brain_tumor", "border"), ["auroc", "low", "high"]].tolist()
+    assert [row["value"], *row["ci95"]] == shown and (row["n"], row["n_groups"]) == (tumour.sum(), 124)
+    assert len(rows) == len(value) == 16 and value["disease", "border"]["value"] < 0.62
 
 
-def test_probe_rows_of_too_few_groups_say_why(store):
+def test_probe_rows_of_too_few_groups_say_why(store, measures_of):
     few = store._replace(manifest=store.manifest.assign(group_id=np.where(store.manifest[NONE] == 1, "a", "b")))
-    rows = staged.probe_rows(staged.probe(_config(), few, _measures(126)), few)
+    rows = staged.probe_rows(staged.probe(_config(), few, measures_of(126)))
     assert {row["value"] for row in rows} == {row["ci95"] for row in rows} == {None}
     assert all("groups" in row["reason"] for row in rows) and {row["n_groups"] for row in rows} == {2}
-
-
-def test_rows_of_all_scores_may_be_written(store, rng, tmp_path):
-    run, _ = _leave_run()
-    tables = staged.tabulate(_config(), store, _trained(store, _random(rng, 126)))
-    rows = staged.evaluate(_config(), [store], [tables], _measures(126))
-    rows += staged.evaluate_stages(_config(), [store], [tables])
-    rows += staged.probe_rows(staged.probe(_config(), store, _measures(126)), store)
-    headline = predictions.headline(rows, task=SLICES, variant=CASCADE)
-    assert len(headline) == 2
-    runs.finish(run, headline=headline, rows=rows)
-    assert len(runs.read_json(run / "metrics.json")["rows"]) == len(rows)
 
 
 # --- the whole chain -------------------------------------------------------------------------------------------------
@@ -785,7 +527,15 @@ def test_train_has_each_stage_learn_from_its_own_images(store, tmp_path, monkeyp
     assert {label for _, label, _, _ in asked} == {""}
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said] == ["type", FLAT]
-    assert all(f"no training image of {TYPES[0]}" in line for line in said)
+    assert all(f"no train image of {TYPES[0]}, so it will hardly be answered" in line for line in said)
+    healthy = store.manifest["split"].mask((store.manifest["split"] == "valid") & (store.manifest[NONE] == 1), "test")
+    rare = healthy.mask((healthy == "valid") & store.manifest[list(SEVERITIES[1:])].any(axis=1), "test")
+    staged.train(_config(), [store._replace(manifest=store.manifest.assign(split=rare))], run=tmp_path)
+    assert capsys.readouterr().out.splitlines() == [
+        f"disease: no valid image of {NONE}, which has no say in it",
+        f"severity: no valid image of {SEVERITIES[1]}, {SEVERITIES[2]}, which has no say in it",
+        f"{FLAT}: no valid image of {NONE}, {SEVERITIES[1]}, {SEVERITIES[2]}, which has no say in it",
+    ]
 
 
 @pytest.mark.slow
@@ -801,17 +551,20 @@ def test_chain_from_training_to_prediction_of_files(brain_root, source, earlier,
     for stage in STAGES:
         told = trained[stage][0].predictions
         assert len(told) == 96 and told["split"].tolist() == staged.ask(store, stage).manifest["split"].tolist()
-    tables = [staged.tabulate(config, store, {task: steps[0] for task, steps in trained.items()})]
-    rows = staged.evaluate(config, stores, tables, staged.measure(source, store))
-    rows += staged.evaluate_stages(config, stores, tables)
-    rows += staged.probe_rows(staged.probe(config, store, staged.measure(source, store)), store)
+    measures = staged.measure(source, store)
+    tables = [staged.tabulate(config, store, {task: steps[0] for task, steps in trained.items()}, measures)]
+    gathered = results.people(store, tables[0])
+    rows = results.evaluate(config, stores, tables, task=results.SLICES)
+    rows += results.evaluate(config, [gathered], [gathered.tables], task=results.PEOPLE)
+    rows += results.evaluate_stages(config, stores, tables, [gathered])
+    rows += staged.probe_rows(staged.probe(config, store, measures))
     reader = staged.assemble(run, trained, origin, tables[0][CASCADE])
-    assert reader.about == {"run": run.name, "data_source": "real"}
+    assert reader.about == {"run": run.name, "data_source": "real", "folds": 1}
     assert reader.threshold == tables[0][CASCADE]["threshold"][0]
     assert dict(reader.read_options) == {
         name: origin.parameters[name] for name in ("image_size", "fit", "interpolation", "equalize")
     }
-    runs.finish(run, headline=predictions.headline(rows, task=SLICES, variant=CASCADE), rows=rows)
+    runs.finish(run, headline=predictions.headline(rows, task=results.SLICES, variant=CASCADE), rows=rows)
 
     said = brain.predict(run, brain_root / "brain", progress=False)
     said = said.assign(image_path="brain/" + said["image_path"]).set_index("image_path")
@@ -824,7 +577,6 @@ def test_chain_from_training_to_prediction_of_files(brain_root, source, earlier,
     assert said["outcome"].tolist() == table["outcome"].tolist()
 
     # A person of two slices: as the recipe gathers them, and as the cascade reads them.
-    gathered = staged.people(store, tables[0])
     for person in (0, 20, 40):
         paths = store.manifest.query("group_id == @gathered.manifest.group_id[@person]")["image_path"]
         reading = reader.predict([brain_root / path for path in paths])
@@ -865,7 +617,7 @@ def test_assemble_takes_the_models_and_the_threshold_of_the_first_fold(store, tm
     models, threshold, options, about = made[0].given
     assert models == {stage: f"variants/{stage}-compact-fold1/model.keras" for stage in STAGES}
     assert (threshold, options) == (0.25, {"image_size": [1, 2]})
-    assert about == {"run": tmp_path.name, "data_source": "synthetic"}
+    assert about == {"run": tmp_path.name, "data_source": "synthetic", "folds": 2}
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -877,6 +629,7 @@ def test_assemble_takes_the_models_and_the_threshold_of_the_first_fold(store, tm
         ("network", "LeNet", "one of compact, five_block"),
         ("network", "", "one of compact, five_block"),
         ("folds", -1, "at least 1, or 0 for all"),
+        ("folds", 1.5, "at least 1, or 0 for all"),
         ("sensitivity", 0.0, "a share above 0, at most 1"),
         ("sensitivity", 1.01, "a share above 0, at most 1"),
         ("accepted", ["everything"], "some of"),

@@ -161,6 +161,9 @@ def classify(
     """
     x = np.nan_to_num(measures.to_numpy(float, na_value=np.nan), nan=-1)
     told = np.zeros((len(x), num_classes))
+    if len(np.unique(class_ids)) == 1:  # trees refuse to learn nothing
+        told[:, class_ids[0]] = 1
+        return told
     with threadpool_limits(1, user_api="openmp"):
         trees = HistGradientBoostingClassifier(max_iter=50, random_state=seed).fit(x[train], class_ids)
         told[:, trees.classes_] = trees.predict_proba(x)

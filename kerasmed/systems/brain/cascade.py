@@ -10,6 +10,7 @@ which sum to 1: an outcome's probability is the product over the stages that tel
 
 import os
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -267,9 +268,8 @@ class BrainCascade:
         }
         # An earlier cascade goes first, whole: a folder of which one half is new must not pass for either.
         if folder.exists():
-            aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
+            os.rename(folder, folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old"))
+        for aside in folder.parent.glob(f".{folder.name}.*.old"):
             shutil.rmtree(aside, ignore_errors=True)
         with runs.whole_folder(folder) as writing:
             for stage, model in self.models.items():

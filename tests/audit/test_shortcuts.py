@@ -189,3 +189,8 @@ def test_folds_cut_no_group_and_hold_both_kinds(seed):
     table = pd.DataFrame({"fold": shortcuts._folds(positive, groups, seed), "group": groups, "positive": positive})
     assert table.groupby("group")["fold"].nunique().eq(1).all()
     assert table.groupby("fold")["positive"].nunique().eq(2).all() and table["fold"].nunique() == 5
+
+
+def test_classify_of_one_class_answers_it_everywhere():
+    told = audit.classify(pd.DataFrame({"height": [1.0, 2.0, 3.0]}), np.array([2, 2]), np.array([0, 1]), 4)
+    assert told.tolist() == [[0, 0, 1, 0]] * 3

@@ -613,16 +613,16 @@ def test_save_that_fails_half_way_leaves_nothing_that_loads(lines, tmp_path, mon
 @pytest.mark.parametrize("moment", ["before it was aside", "while it was removed"])
 def test_save_goes_on_where_a_killed_one_left_off_with_the_earlier_cascade(lines, tmp_path, monkeypatch, moment):
     folder = lines.save(tmp_path / "cascade")
-    calls = []
+    removed = []
 
-    def killed(path, **_):
-        calls.append(path)
-        if len(calls) == 1 + (moment == "while it was removed"):
-            for part in [path / "kind.keras"] if path.exists() else []:
-                part.unlink()
-            raise KeyboardInterrupt
+    def killed(path, *_, **__):
+        if moment == "while it was removed":
+            removed.append(path)
+            (path / "kind.keras").unlink()
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(cascade.shutil, "rmtree", killed)
+    where = (cascade.shutil, "rmtree") if moment == "while it was removed" else (cascade.os, "rename")
+    monkeypatch.setattr(*where, killed)
     with pytest.raises(KeyboardInterrupt):
         replace(lines, threshold=0.9).save(folder)
     monkeypatch.undo()
@@ -630,10 +630,14 @@ def test_save_goes_on_where_a_killed_one_left_off_with_the_earlier_cascade(lines
     if moment == "before it was aside":
         assert BrainCascade.load(folder).threshold == 0.5
     else:
-        assert not (calls[-1] / "kind.keras").exists() and (calls[-1] / "disease.keras").exists()
+        assert (removed[0] / "disease.keras").exists()
         with pytest.raises(FileNotFoundError, match="no cascade in"):
             BrainCascade.load(folder)
     assert BrainCascade.load(replace(lines, threshold=0.9).save(folder)).threshold == 0.9
+    if removed:  # what the killed one left goes with the next earlier one
+        replace(lines, threshold=0.8).save(folder)
+        assert not removed[0].exists()
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def _edited(folder, **changes):

@@ -1,5 +1,6 @@
 """The `kerasmed` command: thin over papermill and the package. Imports are inside, so that `--help` is quick."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -417,7 +418,7 @@ def predict(system, path, run_, out, models_root):
     _usage(datasets.reader, system)
     environment.setup(seed=0)
     recipe = importlib.import_module(f"kerasmed.systems.{system}")
-    folder = _usage(runs.find, system, recipe.NOTEBOOK, run=run_, models_root=models_root)
+    folder = _find_run(system, recipe, run_, models_root)
     if runs.read_json(folder / "environment.json")["data_source"] == "synthetic":
         click.secho(
             f"warning: {folder.name} was trained on synthetic data; its answers mean nothing.", fg="red", err=True
@@ -437,6 +438,16 @@ def predict(system, path, run_, out, models_root):
     if len(unreadable) > 10:
         click.echo(f"  and {len(unreadable) - 10} more; see the column `error`", err=True)
     sys.exit(0 if told.any() else 1)
+
+
+def _find_run(system: str, recipe, run_: str, models_root) -> Path:
+    """Find the run to predict with: of the recipe's `NOTEBOOK`; one that is named may be of those in `ALSO` as well."""
+    from kerasmed import runs
+
+    for notebook in getattr(recipe, "ALSO", ()) if run_ != "auto" else ():
+        with contextlib.suppress(FileNotFoundError):
+            return runs.find(system, notebook, run=run_, models_root=models_root)
+    return _usage(runs.find, system, recipe.NOTEBOOK, run=run_, models_root=models_root)
 
 
 @main.command()

@@ -40,7 +40,7 @@ def counts(table: pd.DataFrame) -> pd.DataFrame:
         >>> counts(table).loc["train", ["patients", "studies", "images"]].T.to_dict("list")
         {'a': [1, 1, 3], 'b': [1, 1, 1], 'all': [1, 2, 4]}
     """
-    studies = _studies(table)
+    studies = _studies(table).astype({"abnormal": float, "images": int})  # of no row, else text where pandas uses arrow
     splits, types = _splits(studies), sorted(studies["body_part"].unique())
     rows = pd.concat([studies, studies.assign(body_part=ALL)])
     rows["split"] = pd.Categorical(rows["split"], splits)

@@ -346,3 +346,17 @@ def test_app_without_streamlit_or_port_says_how_to_mend_it(served, tmp_path, mon
     missing = _call("app", "--models-root", tmp_path, "--port", _free_port())
     assert missing.exit_code == 1 and "pip install 'kerasmed[app]'" in missing.output
     assert not served
+
+
+def test_predict_brain_takes_a_named_run_of_the_cascade_and_by_itself_one_of_07(tmp_path, write_cascade_run):
+    run = write_cascade_run(tmp_path / "m")
+    picture = tmp_path / "slice.png"
+    cv2.imwrite(str(picture), np.random.default_rng(0).integers(0, 256, (40, 30), dtype=np.uint8))
+    out, roots = tmp_path / "told.csv", ("--models-root", tmp_path / "m")
+    done = _call("predict", "brain", picture, "--run", run.name, "--out", out, *roots)
+    assert done.exit_code == 0, done.output
+    (told,) = pd.read_csv(out).to_dict("records")
+    joint = [value for name, value in told.items() if name.startswith("p_")]
+    assert len(joint) == 7 and sum(joint) == pytest.approx(1, abs=1e-6)
+    done = _call("predict", "brain", picture, "--out", out, *roots)
+    assert done.exit_code == 2 and "no complete run of 07_brain_mri" in " ".join(done.output.split())

@@ -57,8 +57,9 @@ def test_run_returns_the_exit_code_and_adds_to_the_environment():
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_run_that_is_ended_ends_the_server_too(sent):
     script = textwrap.dedent("""
-        import sys
+        import signal, sys
         from kerasmed import serving
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without it
         sys.exit(serving.run([sys.executable, "-c", "print('up', flush=True); import time; time.sleep(60)"], {}))
     """)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

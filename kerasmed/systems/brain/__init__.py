@@ -14,6 +14,7 @@ group, because both tasks' published test sets hold slices of patients, or copie
 from kerasmed.systems.brain.cascade import BrainCascade
 from kerasmed.systems.brain.prediction import predict
 
-__all__ = ["NOTEBOOK", "BrainCascade", "predict"]
+__all__ = ["ALSO", "NOTEBOOK", "BrainCascade", "predict"]
 
-NOTEBOOK = None  # whose runs `predict` uses: both notebooks leave models
+NOTEBOOK = "07_brain_mri"  # whose runs `predict` uses
+ALSO = ("08_brain_cascade",)  # and of these, where one is named

@@ -19,9 +19,7 @@ SLICES, PEOPLE = "slices", "people"
 class People(NamedTuple):
     """Slices gathered into people, a row a group."""
 
-    manifest: (
-        pd.DataFrame
-    )  # of one fold, with `slices`, how many; the split of people of several diseases is "left out"
+    manifest: pd.DataFrame  # of one fold, with `slices`, how many; people of several diseases are in split "left out"
     thumbnails: np.ndarray  # uint8 (num_people, 64, 64): means of their slices'
     tables: dict[str, pd.DataFrame]  # as of `tabulate`
 

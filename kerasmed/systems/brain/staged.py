@@ -15,17 +15,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import (
-    audit,
-    augment,
-    backbones,
-    datasets,
-    images,
-    metrics,
-    pipelines,
-    predictions,
-    runs,
-)
+from kerasmed import audit, augment, backbones, datasets, images, metrics, pipelines, predictions, runs
 from kerasmed.datasets import brain as data
 from kerasmed.manifest import class_ids, validate
 from kerasmed.parameters import refuse
@@ -35,7 +25,7 @@ from kerasmed.training import Trained
 
 ORIGIN = "07_brain_mri"  # whose run this notebook goes on from
 FLAT = "flat"  # the one network of seven outcomes
-CASCADE = "cascade"
+CASCADE = "cascade"  # the four stages, answered by their path
 # What is known of an image without looking at what it shows; the thumbnail's border and mean are the same for any size.
 MEASURES = {
     "size": ("height", "width"),

@@ -64,7 +64,7 @@ def server(tmp_path_factory, write_cascade_run):
         _wait_for(f"http://{HOST}:{port}/_stcore/health", started)
         (streamlit,) = psutil.Process(started.pid).children()
         yield Server(f"http://{HOST}:{port}/", streamlit, folder, run)
-        started.send_signal(signal.SIGINT)
+        started.send_signal(signal.SIGTERM)  # a job in the background may be started deaf to SIGINT
         assert started.wait(timeout=20) == 0 and not streamlit.is_running()
     finally:
         if started.poll() is None:

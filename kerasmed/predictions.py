@@ -71,7 +71,14 @@ def held_out(tables: Sequence[pd.DataFrame], manifests: Sequence[pd.DataFrame]) 
     )
 
 
-def confident(table: pd.DataFrame, class_names: Sequence[str], *, right: bool, count: int = 8) -> np.ndarray:
+def confident(
+    table: pd.DataFrame,
+    class_names: Sequence[str],
+    *,
+    right: bool,
+    count: int = 8,
+    answered: np.ndarray | None = None,
+) -> np.ndarray:
     """Return the index of the images that were surest, right or wrong, one a group, surest first.
 
     Args:
@@ -79,12 +86,13 @@ def confident(table: pd.DataFrame, class_names: Sequence[str], *, right: bool, c
         class_names: label columns.
         right: whether to look among the right or the wrong answers.
         count: at most so many.
+        answered: int, shape (num_images,): the answers, where they are not the likeliest classes.
     """
     truth, probabilities = truth_and_probabilities(table, class_names)
-    found = pd.DataFrame(
-        {"index": table.index, "sure": probabilities.max(axis=1), "group": table["group_id"].to_numpy()}
-    )
-    found = found[(probabilities.argmax(axis=1) == truth) == right].sort_values("sure", ascending=False, kind="stable")
+    told = probabilities.argmax(axis=1) if answered is None else answered
+    sure = probabilities[np.arange(len(told)), told]
+    found = pd.DataFrame({"index": table.index, "sure": sure, "group": table["group_id"].to_numpy()})
+    found = found[(told == truth) == right].sort_values("sure", ascending=False, kind="stable")
     return found.drop_duplicates("group")["index"].to_numpy()[:count]
 
 

@@ -225,13 +225,8 @@ def confident(table: pd.DataFrame, *, right: bool, count: int = 8) -> np.ndarray
         right: whether to look among the right or the wrong answers.
         count: at most so many.
     """
-    truth, joint = predictions.truth_and_probabilities(table, OUTCOMES)
     ended = pd.Categorical(table["outcome"], OUTCOMES).codes
-    found = pd.DataFrame(
-        {"index": table.index, "sure": joint[np.arange(len(joint)), ended], "group": table["group_id"].to_numpy()}
-    )
-    found = found[(ended == truth) == right].sort_values("sure", ascending=False, kind="stable")
-    return found.drop_duplicates("group")["index"].to_numpy()[:count]
+    return predictions.confident(table, OUTCOMES, right=right, count=count, answered=ended)
 
 
 def captions(table: pd.DataFrame, readings: Sequence[cascade.Reading]) -> list[str]:

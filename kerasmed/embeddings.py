@@ -176,16 +176,22 @@ def _encode(encoder, gather, count, shard_rows, folder, batch_size, progress) ->
                     with runs.whole(shard) as temporary:
                         np.save(temporary, values.astype(np.float32))
                 bar.update(last - first)
-        shape = np.load(shards[0], mmap_mode="r").shape[1:]
-        with runs.whole(target) as temporary:
-            joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(count, *shape))
-            for first, shard in zip(firsts, shards):
-                joined[first : first + shard_rows] = np.load(shard)
-            joined.flush()
-            if not np.isfinite(joined).all():
-                raise FloatingPointError(f"{encoder.name} gives values that are not finite; look at its weights.")
+        _join(target, shards, count, encoder.name)
         shutil.rmtree(building)
     return np.load(target, mmap_mode="r")
+
+
+def _join(target, shards, count, name) -> None:
+    """Write the shards one after the other: a memory map would be forced to the disk before it may be closed."""
+    shape = np.load(shards[0], mmap_mode="r").shape[1:]
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
+    with runs.whole(target) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (count, *shape)})
+        for shard in shards:
+            values = np.load(shard)
+            if not np.isfinite(values).all():
+                raise FloatingPointError(f"{name} gives values that are not finite; look at its weights.")
+            values.tofile(file)
 
 
 # --- bags ------------------------------------------------------------------------------------------------------------

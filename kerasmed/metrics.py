@@ -7,6 +7,8 @@ weights, one per image (how often its group was drawn), so that all draws are on
 compared on the same draws.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -348,7 +350,9 @@ def multiclass_rows(
         List of dicts: task, variant, split, metric, label, value, ci95 [low, high], n, n_groups, baseline, reason.
         `baseline` is None on a baseline's own row, else {variant, value, difference, difference_ci95} of the strongest;
         with a reference, `reference` is the same against it, on the rows of the other variants but the baselines.
-        `value` is None where the metric is undefined, and `reason` then says why.
+        `value` is None where the metric is undefined, and `reason` then says why. Where it is defined, `draws` is the
+        metric on each bootstrap draw, float32 (num_draws,), and `paired_by` tells groups and draws: rows of equal
+        `paired_by` may be compared draw by draw, as `kerasmed.report` does with those of several runs.
 
     Raises:
         ValueError: no baseline, no image, or a shape that does not fit.
@@ -417,6 +421,7 @@ def compared_rows(
     once = np.ones((1, len(groups)), np.float32)
     points = {name: score(answer, once) for name, answer in answers.items()}
     spreads = {name: score(answer, draws) for name, answer in answers.items()}
+    paired_by = _paired_by(groups, num_draws, seed)
     num_groups = len(np.unique(np.asarray(groups).astype(str)))
     common = {"task": task, "split": split, "n": len(groups), "n_groups": num_groups}
     rows = []
@@ -430,6 +435,7 @@ def compared_rows(
                 row["reason"] = why(metric, label)
             else:
                 row["ci95"] = interval(spreads[name][key])
+                row |= {"draws": np.asarray(spreads[name][key], np.float32), "paired_by": paired_by}
                 rivals = [rival for rival in baselines if np.isfinite(points[rival][key][0])]
                 if name not in BASELINES and rivals:
                     strongest = min if metric in LOWER_IS_BETTER else max
@@ -439,6 +445,13 @@ def compared_rows(
                     row["reference"] = _against(of[name], name, key, points, spreads)
             rows.append(row)
     return rows
+
+
+def _paired_by(groups, num_draws, seed) -> str:
+    """Hash what the draws of `bootstrap_weights` depend on, and how many images each group has."""
+    names, counts = np.unique(np.asarray(groups).astype(str), return_counts=True)
+    told = json.dumps([names.tolist(), counts.tolist(), num_draws, seed])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _against(rival, name, key, points, spreads) -> dict | None:

@@ -357,6 +357,27 @@ def test_multiclass_answered_decides_instead_of_the_largest_probability_but_for_
         np.testing.assert_array_equal(same[key], values)
 
 
+def test_rows_of_equal_groups_and_draws_may_be_paired_and_others_not(scored):
+    ids, probabilities, groups = scored
+    given = {"net": probabilities, "majority": metrics.majority_probabilities(ids, 90, 3)}
+
+    def row(**options):
+        order = options.pop("order", np.arange(90))
+        mine = {name: told[order] for name, told in given.items()}
+        rows = metrics.multiclass_rows(
+            ids[order], mine, options.pop("groups", groups)[order], NAMES, task="t", **options
+        )
+        return next(each for each in rows if each["variant"] == "net" and each["metric"] == "accuracy")
+
+    first, turned = row(), row(order=np.arange(90)[::-1])
+    assert first["draws"].shape == (1000,) and first["draws"].dtype == np.float32
+    assert first["ci95"] == pytest.approx(metrics.interval(first["draws"]), abs=1e-6)
+    assert turned["paired_by"] == first["paired_by"]
+    np.testing.assert_array_equal(turned["draws"], first["draws"])
+    others = [row(seed=1), row(num_draws=999), row(groups=np.arange(90))]
+    assert len({first["paired_by"], *(each["paired_by"] for each in others)}) == 4
+
+
 def test_multiclass_rows_answered_changes_its_own_variant_alone(scored):
     ids, probabilities, groups = scored
     majority = metrics.majority_probabilities(ids, 90, 3)
@@ -364,7 +385,8 @@ def test_multiclass_rows_answered_changes_its_own_variant_alone(scored):
     options = {"task": "t", "num_draws": 60, "reference": "twin"}
     plain = metrics.multiclass_rows(ids, given, groups, NAMES, **options)
     found = metrics.multiclass_rows(ids, given, groups, NAMES, **options, answered={"net": ids})
-    changed = {(new["variant"], new["metric"]) for new, old in zip(found, plain, strict=True) if new != old}
+    pairs = [({**new, "draws": None}, {**old, "draws": None}) for new, old in zip(found, plain, strict=True)]
+    changed = {(new["variant"], new["metric"]) for new, old in pairs if new != old}
     assert changed == {("net", name) for name in {row["metric"] for row in plain} if "auroc" not in name}
     accuracy = {row["variant"]: row for row in found if row["metric"] == "accuracy"}
     assert accuracy["net"]["value"] == 1 and accuracy["net"]["ci95"] == [1, 1]  # in every draw

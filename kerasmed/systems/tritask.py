@@ -319,7 +319,7 @@ def evaluate(config: Config, tables: Mapping[str, pd.DataFrame], store: pipeline
     """Score the test images: all, and the black and the others apart.
 
     Args:
-        config: `policy`, `bootstraps` and `seed` are used.
+        config: `policy` and `bootstraps` are used.
         tables: variant -> predictions of every image.
         store: of `split`.
         options: of `kerasmed.multilabel.evaluate`, such as `extra` and `reference`.
@@ -341,7 +341,6 @@ def evaluate(config: Config, tables: Mapping[str, pd.DataFrame], store: pipeline
         subsets=masks,
         constant_only=[name for name in masks if name == "test, black"],
         num_draws=config.bootstraps,
-        seed=config.seed,
         **options,
     )
 

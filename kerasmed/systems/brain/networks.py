@@ -195,7 +195,7 @@ def evaluate(
     """Score the test images of all folds; `options` of `kerasmed.predictions.evaluate`.
 
     Args:
-        config: `bootstraps` and `seed` are used.
+        config: `bootstraps` is used.
         tables: variant -> predictions of each fold.
         folds: a store for each fold.
         task: one of `CLASS_NAMES`.
@@ -210,6 +210,5 @@ def evaluate(
         CLASS_NAMES[task],
         task=task,
         num_draws=config.bootstraps,
-        seed=config.seed,
         **options,
     )

@@ -58,7 +58,7 @@ def evaluate(
     """Score the seven outcomes end to end, the cascade beside the flat network.
 
     Args:
-        config: `bootstraps` and `seed` are used.
+        config: `bootstraps` is used.
         folds: of `read`, or of `people`.
         tables: of `tabulate`, or of `people`, for each fold.
         task: `SLICES` or `PEOPLE`.
@@ -77,7 +77,6 @@ def evaluate(
         reference=FLAT,
         decide={CASCADE: answer_of},
         num_draws=config.bootstraps,
-        seed=config.seed,
     )
 
 
@@ -129,7 +128,6 @@ def _score_stage(config, name, stage, folds, tables, *, only=None) -> list[dict]
         reference=FLAT,
         decide={CASCADE: by_threshold} if stage == "disease" else {},
         num_draws=config.bootstraps,
-        seed=config.seed,
     )
 
 

@@ -285,7 +285,7 @@ def cam_health(
     """Explain pairs of a test image and a finding, and tabulate how the maps fare.
 
     Args:
-        config: `bootstraps` and `seed` are used.
+        config: `bootstraps` is used.
         step, store, explainer: as in `explain`.
         pairs: row and label; with x, y, width and height as well, of `boxes_of`, the maps are held against the boxes.
         split: what the pairs are, for the rows.
@@ -300,7 +300,7 @@ def cam_health(
     table = localisation.table(maps.heat, maps.status, pairs["label"], boxes, store.images.shape[1:])
     groups = store.manifest["group_id"].to_numpy()[pairs["row"]]
     options = {"task": shared.TASK, "variant": step.name, "split": split}
-    return localisation.summary(table, groups, num_draws=config.bootstraps, seed=config.seed, **options)
+    return localisation.summary(table, groups, num_draws=config.bootstraps, **options)
 
 
 def positive_pairs(config: Config, store: pipelines.Store) -> pd.DataFrame:

@@ -280,7 +280,6 @@ def evaluate(
         task=TASK,
         averaged=[name for name in FINDINGS if name not in idle],
         num_draws=config.bootstraps,
-        seed=config.seed,
         **options,
     )
 

@@ -47,7 +47,7 @@ def score(
     baselines: Mapping[str, pd.DataFrame],
     *,
     num_draws: int,
-    seed: int,
+    seed: int = 0,
 ) -> dict[tuple[str, str], Points]:
     """Score every model on every subset, on the same draws of the complete test studies.
 

@@ -262,7 +262,7 @@ def of_split(table: pd.DataFrame, split: str, condition: str | None = None) -> p
 
 
 def score(
-    answers: Mapping[Key | str, pd.DataFrame], *, num_draws: int, seed: int
+    answers: Mapping[Key | str, pd.DataFrame], *, num_draws: int, seed: int = 0
 ) -> dict[tuple[str, str], dict[str, dict]]:
     """Score every point of the grid, and the baselines, on the test studies and on the folds, with bootstrap draws.
 
@@ -369,7 +369,7 @@ def contrasts_table(found: Sequence[Mapping]) -> pd.DataFrame:
 
 
 def evaluate(
-    answers: Mapping[Key | str, pd.DataFrame], chosen: Sequence[Key], *, num_draws: int, seed: int
+    answers: Mapping[Key | str, pd.DataFrame], chosen: Sequence[Key], *, num_draws: int, seed: int = 0
 ) -> list[dict]:
     """Score some points and the baselines on the test studies, condition by condition, and by the competition's metric.
 

@@ -54,7 +54,7 @@ def evaluate(config: Config, tables: Mapping[str, pd.DataFrame], store: pipeline
     """Score the test images and the test studies, all and by study type, with intervals over patients.
 
     Args:
-        config: `bootstraps` and `seed` are used.
+        config: `bootstraps` is used.
         tables: variant -> predictions of every image.
         store: of `split`.
         reference: as in `kerasmed.multilabel.evaluate`.
@@ -93,7 +93,6 @@ def evaluate(config: Config, tables: Mapping[str, pd.DataFrame], store: pipeline
             at_half=AT_HALF,
             reference=reference,
             num_draws=config.bootstraps,
-            seed=config.seed,
         )
     return rows
 
@@ -110,7 +109,7 @@ def _drawn_auroc(config: Config, table: pd.DataFrame, split: str) -> tuple[float
     """AUROC of a split's rows, and of its bootstrap draws: equal for tables of equal patients, at either level."""
     among = table[table["split"] == split]
     truth, told = (among[f"{letter}_{LABEL}"].to_numpy(float) for letter in "yp")
-    draws = metrics.bootstrap_weights(among["group_id"], num_draws=config.bootstraps, seed=config.seed)
+    draws = metrics.bootstrap_weights(among["group_id"], num_draws=config.bootstraps)
     value, *spread = metrics.auroc(truth == 1, told, np.vstack([np.ones(len(among)), draws]))
     return float(value), np.array(spread)
 
@@ -260,5 +259,5 @@ def cam_health(
     corners = pairs[["x", "y", "width", "height"]].to_numpy() if len(boxes) else None
     table = localisation.table(maps.heat, maps.status, pairs["label"], corners, store.images.shape[1:])
     groups = store.manifest["group_id"].to_numpy()[rows]
-    options = {"task": IMAGES, "variant": variant, "num_draws": config.bootstraps, "seed": config.seed}
+    options = {"task": IMAGES, "variant": variant, "num_draws": config.bootstraps}
     return localisation.summary(table, groups, **options)

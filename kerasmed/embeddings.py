@@ -6,6 +6,7 @@ what makes it quick on any device. Batch normalisation uses its stored statistic
 vector does not depend on its neighbours in the batch.
 """
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import images, modalities, pipelines, runs
+from kerasmed import fanout, images, locks, modalities, pipelines, runs
 from kerasmed import progress as bars
 
 SHARD_SLICES = 2048
@@ -164,21 +165,45 @@ def _encode(encoder, gather, count, shard_rows, folder, batch_size, progress) ->
         raise ValueError("there is no series to encode; see the quarantine for why.")
     target = Path(folder) / "features.npy"
     if not target.exists():
-        building = target.with_suffix(".building")
-        building.mkdir(parents=True, exist_ok=True)
-        firsts = range(0, count, shard_rows)
-        shards = [building / f"{first:09d}.npy" for first in firsts]
-        with bars.bar(count, "encode", shown=progress) as bar:
-            for first, shard in zip(firsts, shards):
-                last = min(first + shard_rows, count)
-                if not shard.exists():
-                    values = encoder.predict(gather(first, last), batch_size=batch_size, verbose=0)
-                    with runs.whole(shard) as temporary:
-                        np.save(temporary, values.astype(np.float32))
-                bar.update(last - first)
-        _join(target, shards, count, encoder.name)
-        shutil.rmtree(building)
+        with locks.held(target):
+            if not target.exists():  # another process may have made it meanwhile
+                _build(encoder, gather, count, shard_rows, target, batch_size, progress)
     return np.load(target, mmap_mode="r")
+
+
+def _build(encoder, gather, count, shard_rows, target, batch_size, progress) -> None:
+    building = target.with_suffix(".building")
+    building.mkdir(parents=True, exist_ok=True)
+    starts = {building / f"{first:09d}.npy": first for first in range(0, count, shard_rows)}
+    model = encoder
+    if fanout.scheduler():  # workers load the network, each once
+        model = building / "encoder.keras"
+        runs.write_model(model, encoder)
+    tasks = {
+        shard: (model, gather, first, min(first + shard_rows, count), shard, batch_size)
+        for shard, first in starts.items()
+    }
+    finished = sum(task[3] - task[2] for shard, task in tasks.items() if shard.exists())
+    with bars.bar(count, "encode", done=finished, shown=progress) as bar:
+        # This process alone has the device: one shard after the other.
+        for number in fanout.build(_encode_shard, tasks, what="shards", jobs=1):
+            bar.update(number)
+    _join(target, list(tasks), count, encoder.name)
+    shutil.rmtree(building)
+
+
+def _encode_shard(encoder, gather, first, last, shard, batch_size) -> int:
+    """Predict some rows into a file, written whole; return how many."""
+    encoder = _loaded(encoder) if isinstance(encoder, Path) else encoder
+    values = encoder.predict(gather(first, last), batch_size=batch_size, verbose=0)
+    with runs.whole(shard) as temporary:
+        np.save(temporary, values.astype(np.float32))
+    return last - first
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(path: Path) -> keras.Model:
+    return keras.saving.load_model(path)
 
 
 def _join(target, shards, count, name) -> None:

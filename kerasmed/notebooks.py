@@ -9,11 +9,10 @@ papermill takes with `-f` as well.
 import ast
 import contextlib
 import difflib
-import itertools
+import logging
 import math
 import os
 import re
-import reprlib
 import shutil
 import sys
 import tempfile
@@ -21,13 +20,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 import yaml
 
-from kerasmed import collection, datasets, paths, runs
+from kerasmed import datasets, notebook_page, paths, runs
+
+logger = logging.getLogger(__name__)
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _ARROW = re.compile(r"^-+> *(\d+) (.*)")
+
+
+SOON = 1.0  # seconds that another command may take to let go of a run it only looked at
+_TAIL_LINES = 8
 
 
 class Parameter(NamedTuple):
@@ -53,6 +57,15 @@ class Notebook(NamedTuple):
     def system_of(self, parameters: Mapping) -> str:
         """Return the system that an execution with these parameters belongs to."""
         return self.system or parameters["system"]
+
+
+class Placed(NamedTuple):
+    """An execution that has its folder."""
+
+    notebook: Notebook
+    parameters: Mapping
+    folder: Path
+    data_source: str  # "real" or "synthetic"
 
 
 def names() -> list[str]:
@@ -167,31 +180,17 @@ def resolve(notebook: Notebook, *, profile: str, given: Mapping) -> dict:
     }
 
 
-def run(
-    notebook: Notebook, parameters: Mapping, *, force: bool = False, timeout: int | None = None
-) -> tuple[Path, bool]:
-    """Execute a notebook into its run folder, or find that this was done.
-
-    The same parameters, data and sources find the same folder: a finished run is returned at once, one that was killed
-    goes on at its last whole stage. The executed notebook is kept in either case.
+def place(notebook: Notebook, parameters: Mapping) -> Placed:
+    """Find the data, the earlier run that is needed, and with them the folder that an execution belongs to.
 
     Args:
         notebook: from `describe`.
         parameters: from `resolve`.
-        force: throw the folder away first.
-        timeout: seconds that one cell may take; None for any.
-
-    Returns:
-        The run folder, complete, and whether the notebook was executed.
 
     Raises:
-        RuntimeError: the notebook failed, its kernel died, a cell took too long, or the run is under way elsewhere. The
-            text says where and why; the run's status is "failed".
-        FileNotFoundError: no complete run, on these data, of the notebook that this one needs.
-        OSError: the models root cannot be written to.
+        FileNotFoundError: no data, or no complete run, on these data, of the notebook that this one needs.
+        ValueError: data of another kind than `data_source` says.
     """
-    from papermill import execute_notebook
-
     system = notebook.system_of(parameters)
     source = datasets.locate(system, parameters, data_root=parameters["data_root"])
     fingerprint = datasets.fingerprint(system, source)
@@ -201,46 +200,135 @@ def run(
         found["profile"] = parameters["profile"]
         parameters = {**parameters, "from_run": str(runs.find(system, notebook.needs, **found))}
     folder = runs.folder(system, notebook.name, parameters, fingerprint, models_root=models_root)
-    runs.refuse_running(folder, force=force)
-    if force:
-        shutil.rmtree(folder, ignore_errors=True)
-    elif runs.status(folder)["status"] == "complete":
-        return folder, False
+    return Placed(notebook, dict(parameters), folder, source.kind)
+
+
+def run(
+    notebook: Notebook, parameters: Mapping, *, force: bool = False, timeout: int | None = None
+) -> tuple[Path, bool]:
+    """Execute a notebook into its run folder, or find that this was done: `place`, then `execute`.
+
+    Returns:
+        The run folder, complete, and whether the notebook was executed.
+    """
+    placed = place(notebook, parameters)
+    return placed.folder, execute(placed, force=force, timeout=timeout)
+
+
+def execute(
+    placed: Placed,
+    *,
+    force: bool = False,
+    timeout: int | None = None,
+    wait: float | None = SOON,
+    shown: bool = True,
+) -> bool:
+    """Execute a notebook into its run folder, or find that this was done.
+
+    The same parameters, data and sources find the same folder: a finished run is left as it is, one that failed or was
+    killed goes on at its last whole stage. The executed notebook is kept in either case, also as a page,
+    notebook.html. While it runs, progress.json says which cell of how many is at work.
+
+    Args:
+        placed: from `place`.
+        force: empty the folder first.
+        timeout: seconds that one cell may take; None for any.
+        wait: seconds to wait for another process that is at work on the same run; None for as long as it takes.
+        shown: whether what the notebook prints is passed on as it comes.
+
+    Returns:
+        Whether the notebook was executed; the run is complete either way.
+
+    Raises:
+        Busy: another process is at work on the run.
+        RuntimeError: the notebook failed, its kernel died, or a cell took too long. The text says where and why; the
+            run's status is "failed".
+        OSError: the models root cannot be written to.
+    """
+    folder = placed.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot make {folder}: {error.strerror}; choose another folder with --models-root.") from error
-    for half_written in folder.rglob(".*.tmp.*"):  # what a killed process left
-        half_written.unlink()
-    runs.reserve(folder, system, notebook.name, parameters["profile"], data_source=source.kind)
+    with runs.reserved(folder, wait=wait):
+        if not force and runs.status(folder)["status"] == "complete":
+            return False
+        if force:
+            shutil.rmtree(folder)
+            folder.mkdir()
+        for half_written in folder.rglob(".*.tmp.*"):  # what a killed process left
+            half_written.unlink()
+        system = placed.notebook.system_of(placed.parameters)
+        profile = placed.parameters["profile"]
+        runs.write_json(folder / "params.json", placed.parameters)  # also of a run that fails before it has begun
+        runs.mark_running(folder, system, placed.notebook.name, profile, data_source=placed.data_source)
+        try:
+            _papermill(placed, timeout, shown)
+        except (Exception, KeyboardInterrupt) as error:  # whatever ended the notebook ends this run, and no other
+            reason = _reason(error)
+            runs.set_status(folder, "failed", error=reason)
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            tail = "".join(f"\n  | {line}" for line in _tail(error))
+            raise RuntimeError(f"{reason}{tail}\n  executed notebook: {folder / 'notebook.ipynb'}") from error
+        finally:
+            for left in folder.rglob(runs.PROGRESS):
+                left.unlink()
+            _write_page(folder)
+        if runs.status(folder)["status"] != "complete":
+            runs.set_status(folder, "failed", error="ended without `runs.finish` or `runs.summarize`")
+            raise RuntimeError(
+                f"{placed.notebook.name} ended without `runs.finish` or `runs.summarize` on {folder}; its last cell "
+                "must write the metrics, or the summary."
+            )
+    return True
+
+
+def _papermill(placed: Placed, timeout: int | None, shown: bool) -> None:
+    from papermill import execute_notebook
+
     # A user's own kernel of the same name must not take the place of this environment's.
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
-    try:
-        with _kept(folder / "notebook.ipynb") as output, _kernel_config() as config:
-            execute_notebook(
-                notebook.path,
-                output,
-                parameters=dict(parameters),
-                kernel_name="python3",
-                progress_bar=sys.stderr.isatty(),
-                stdout_file=sys.stdout,
-                stderr_file=sys.stderr,
-                execution_timeout=timeout,
-                config=config,
-            )
-    except (Exception, KeyboardInterrupt) as error:  # whatever ended the notebook ends this run, and no other
-        reason = _reason(error)
-        runs.set_status(folder, "failed", error=reason)
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise RuntimeError(f"{reason}\n  executed notebook: {folder / 'notebook.ipynb'}") from error
-    if runs.status(folder)["status"] != "complete":
-        runs.set_status(folder, "failed", error="ended without `runs.finish` or `runs.summarize`")
-        raise RuntimeError(
-            f"{notebook.name} ended without `runs.finish` or `runs.summarize` on {folder}; its last cell must write "
-            "the metrics, or the summary."
+    sections = _sections(placed.notebook.path)
+
+    def note(cell, cell_index):  # papermill puts a cell with the given parameters behind the default ones
+        section = sections[min(cell_index, len(sections) - 1)]
+        state = {"cell": cell_index + 1, "cells": len(sections) + 1, "section": section}
+        runs.write_json(placed.folder / runs.PROGRESS, state)
+
+    with _kept(placed.folder / "notebook.ipynb") as output, _kernel_config() as config:
+        execute_notebook(
+            placed.notebook.path,
+            output,
+            parameters=dict(placed.parameters),
+            kernel_name="python3",
+            progress_bar=shown and sys.stderr.isatty(),
+            stdout_file=sys.stdout if shown else None,
+            stderr_file=sys.stderr if shown else None,
+            execution_timeout=timeout,
+            config=config,
+            on_cell_start=note,
+            extra_arguments=["--log-level=50"],  # a kernel takes the interrupt that goes before its end for an error
         )
-    return folder, True
+
+
+def _sections(path: Path) -> list[str]:
+    """Of each cell of a notebook the heading that it stands under."""
+    sections, last = [], ""
+    for cell in runs.read_json(path)["cells"]:
+        if cell["cell_type"] == "markdown":
+            last = next((line.strip("# \n") for line in cell["source"] if line.startswith("#")), last)
+        sections.append(last)
+    return sections
+
+
+def _write_page(folder: Path) -> None:
+    """Write the executed notebook as a page; one that cannot be written spoils no run."""
+    if (folder / "notebook.ipynb").exists():
+        try:
+            notebook_page.write(folder / "notebook.ipynb", folder / "notebook.html")
+        except (OSError, ValueError) as error:
+            logger.warning("no page of %s: %s", folder / "notebook.ipynb", error)
 
 
 @contextlib.contextmanager
@@ -264,133 +352,28 @@ def _kept(path: Path):
             os.replace(temporary, path)
 
 
+def _trace(error: BaseException) -> list[str]:
+    """Lines of a cell's traceback, without colours."""
+    parts = getattr(error, "traceback", None) or []
+    return [_ANSI.sub("", line) for part in parts for line in str(part).splitlines()]
+
+
+def _tail(error: BaseException) -> list[str]:
+    """Last lines of a cell's traceback that say something, but for its message, which `_reason` gives."""
+    message = f"{getattr(error, 'ename', '')}: "
+    heads = (message, "----------", f"{getattr(error, 'ename', '')}   ")
+    return [line for line in _trace(error) if line.strip() and not line.startswith(heads)][-_TAIL_LINES:]
+
+
 def _reason(error: BaseException) -> str:
     """Say in a few lines which cell failed and why."""
     if hasattr(error, "evalue"):
         where = f"cell {error.cell_index} (In [{error.exec_count}])" if hasattr(error, "exec_count") else "a cell"
-        trace = [
-            _ANSI.sub("", line) for part in (getattr(error, "traceback", None) or []) for line in str(part).splitlines()
-        ]
-        arrows = [match for line in trace if (match := _ARROW.match(line))]
+        arrows = [match for line in _trace(error) if (match := _ARROW.match(line))]
         at = f"\n  at line {arrows[0][1]}: {arrows[0][2].strip()}" if arrows else ""
         return f"{where}: {error.ename}: {error.evalue}{at}"
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"
-
-
-# --- sweeps ----------------------------------------------------------------------------------------------------------
-
-
-def parse_grid(text: str) -> tuple[str, list]:
-    """Turn the text of `--grid name=value,value` into a name and its values; a value that is a list needs brackets.
-
-    Example:
-        >>> parse_grid("rate=0.1,1e-2"), parse_grid("optimizer=adam,sgd"), parse_grid("networks=['cnn5'],['cnn1']")
-        (('rate', [0.1, 0.01]), ('optimizer', ['adam', 'sgd']), ('networks', [['cnn5'], ['cnn1']]))
-    """
-    name, equals, values = text.partition("=")
-    if not equals or not values:
-        raise ValueError(f"--grid {text!r} is no list of values; write --grid name=value,value.")
-    listed = parse_value(f"[{values}]")
-    return name, listed if isinstance(listed, list) else [parse_value(value) for value in values.split(",")]
-
-
-def read_grid(path: Path) -> dict[str, list]:
-    """Read the YAML of `--grid-file`: parameters, each with its list of values, as they stand there.
-
-    Raises:
-        ValueError: no YAML, or something else than a mapping of names.
-    """
-    expected = "expected a YAML mapping of parameters to lists of values, such as `epochs: [5, 10]`"
-    try:
-        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}; {expected}.") from error
-    if not grid or not isinstance(grid, dict) or not all(isinstance(name, str) for name in grid):
-        raise ValueError(f"{path} holds {'nothing' if grid is None else reprlib.repr(grid)}; {expected}.")
-    return grid
-
-
-def points(grid: Mapping[str, Sequence]) -> list[dict]:
-    """Combine every value of each parameter with every one of the others, the last parameter fastest.
-
-    Raises:
-        ValueError: a parameter has no list of values.
-    """
-    for name, values in grid.items():
-        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-            raise ValueError(f"the grid gives {name} as {values!r}; expected a list of values to try.")
-    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-
-
-def labels(tried: Sequence[Mapping]) -> list[str]:
-    """Name each point of a sweep by what tells it from the others; by all that it was given where nothing does.
-
-    Example:
-        >>> labels(points({"epochs": [3], "rate": [0.1, 0.2]}))
-        ['rate=0.1', 'rate=0.2']
-    """
-    telling = [name for name in tried[0] if len({str(given[name]) for given in tried}) > 1] or list(tried[0])
-    return [", ".join(f"{name}={given[name]}" for name in telling) for given in tried]
-
-
-def sweep_table(tried: Sequence[Mapping], done: Mapping[int, Path], failed: Mapping[int, str]) -> pd.DataFrame:
-    """Join the headlines of a sweep's runs into one table, best validation value first, failed ones last.
-
-    Runs are ordered by what each says it may be chosen by, on validation; its test figures stand beside it, and have
-    no say: the best test figure of many is too good by chance.
-
-    Args:
-        tried: parameters that each run was given.
-        done: complete runs, position in `tried` -> folder.
-        failed: position in `tried` -> error, the first line of which is kept.
-
-    Returns:
-        DataFrame, a row a run: the swept parameters, validation, `<task> <label> <metric>` of each headline value, its
-        interval "... 95 %", baseline "... baseline", status, error, and run, the folder's name. A run that has only a
-        summary, and one that failed, has no numbers.
-    """
-    records, figures = [], {}  # a dict keeps the order
-    for position, given in enumerate(tried):
-        record = {name: str(value) for name, value in given.items()}
-        if position in failed:
-            error = (failed[position].strip().splitlines() or ["no message"])[0]
-            records.append({**record, "validation": math.nan, "status": "failed", "error": error, "run": ""})
-        elif position in done:
-            table = collection.collect(done[position])
-            found = _figures(table)
-            figures |= dict.fromkeys(found)
-            chosen_by = {"validation": table["validation"].iloc[0]}
-            records.append(
-                {**record, **chosen_by, **found, "status": "complete", "error": "", "run": done[position].name}
-            )
-    columns = [*(tried[0] if tried else ()), "validation", *figures, "status", "error", "run"]
-    table = pd.DataFrame(records, columns=columns).astype({"validation": float})
-    table = table.sort_values("validation", ascending=False, kind="stable")
-    return table.sort_values("status", key=lambda status: status == "failed", kind="stable", ignore_index=True)
-
-
-def _figures(table: pd.DataFrame) -> dict:
-    """Return the columns that the rows of a run in `collection.collect` become; none of a run without numbers."""
-    found = {}
-    for row in table[table["task"].notna()].to_dict("records"):
-        name = " ".join((row["task"], row["label"], row["metric"]))
-        ends, baseline = (row["ci_low"], row["ci_high"]), row["baseline_value"]
-        found[name] = row["value"]
-        found[f"{name} 95 %"] = "" if any(map(pd.isna, ends)) else f"[{ends[0]:.3f}, {ends[1]:.3f}]"
-        found[f"{name} baseline"] = row["baseline"] if pd.isna(baseline) else f"{row['baseline']} {baseline:.3f}"
-    return found
-
-
-def shown_of_sweep(table: pd.DataFrame, swept: Sequence[str]) -> pd.DataFrame:
-    """Leave out of a `sweep_table` what need not be printed.
-
-    That is: swept parameters of one value, baselines, run, and error where nothing failed.
-    """
-    idle = {name for name in swept if table[name].nunique() == 1} | {"run"}
-    if not (table["status"] == "failed").any():
-        idle.add("error")
-    return table[[name for name in table if name not in idle and not name.endswith(" baseline")]]
 
 
 def quickest_first(notebooks: Sequence[Notebook], profile: str) -> list[Notebook]:

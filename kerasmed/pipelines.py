@@ -18,7 +18,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from kerasmed import datasets, dicom, images, paths, runs
+from kerasmed import datasets, dicom, fanout, images, locks, paths, runs
 from kerasmed import progress as bars
 
 SHARD_ROWS = 256
@@ -68,8 +68,9 @@ def decode(
     """Decode every image of a manifest once, or open the store that an earlier call has finished.
 
     Work is done in shards of 256 images, each written whole, so that a killed call goes on where it stopped and shards
-    may be made anywhere and in any order. The store is `<cache>/<fingerprint>/`: images.npy, thumbnails.npy, facts.npy
-    and quarantine.csv; the fingerprint covers paths, sizes, modification times, target size and options.
+    may be made anywhere and in any order (`kerasmed.fanout.shards`). Of several processes one decodes, the others wait.
+    The store is `<cache>/<fingerprint>/`: images.npy, thumbnails.npy, facts.npy and quarantine.csv; the fingerprint
+    covers paths, sizes, modification times, target size and options.
 
     Args:
         manifest: rows with `image_path`.
@@ -93,7 +94,9 @@ def decode(
     if target.exists() and pd.read_csv(target / "quarantine.csv")["reason"].str.startswith(_SYSTEM_REFUSED).any():
         shutil.rmtree(target)  # the cause may be gone, and no file shows it
     if not target.exists():
-        _build(target, image_paths, root, image_size, options, jobs, progress)
+        with locks.held(target):
+            if not target.exists():  # another process may have made it meanwhile
+                _build(target, image_paths, root, image_size, options, jobs, progress)
     quarantine = pd.read_csv(target / "quarantine.csv")
     if len(quarantine) > max_quarantined_share * len(manifest):
         first = "; ".join(f"{row.image_path}: {row.reason}" for row in quarantine.head(3).itertuples())
@@ -131,18 +134,16 @@ def _build(target, image_paths, root, image_size, options, jobs, progress):
     building.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(image_paths), SHARD_ROWS)
     shards = [building / f"{start:09d}.npz" for start in starts]
-    missing = [
-        (shard, image_paths[start : start + SHARD_ROWS]) for shard, start in zip(shards, starts) if not shard.exists()
-    ]
-    # Threads: decoding and resizing release the interpreter's lock. A Dask backend set by the caller takes precedence.
-    done = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator_unordered")(
-        joblib.delayed(decode_shard)(shard, root, part, image_size, options) for shard, part in missing
-    )
-    finished = len(image_paths) - sum(len(part) for _, part in missing)
+    parts = [image_paths[start : start + SHARD_ROWS] for start in starts]
+    tasks = {shard: (shard, root, part, image_size, options) for shard, part in zip(shards, parts)}
+    finished = sum(len(part) for shard, part in zip(shards, parts) if shard.exists())
     with bars.bar(len(image_paths), "decode", unit="image", done=finished, shown=progress) as bar:
-        for count in done:
+        # Threads: decoding and resizing release the interpreter's lock.
+        for count in fanout.build(decode_shard, tasks, what="shards", jobs=jobs):
             bar.update(count)
-    _assemble(target, building, shards, image_paths, image_size)
+    with runs.whole_folder(target) as joined:
+        _join(joined, shards, image_paths, image_size)
+    shutil.rmtree(building, ignore_errors=True)
 
 
 def decode_shard(
@@ -207,17 +208,6 @@ def decode_stream(
     )
     for pixels, _, _, reasons in decoded:
         yield pixels, reasons
-
-
-def _assemble(target, building, shards, image_paths, image_size):
-    """Join shards into the store, unless another process has finished the same store meanwhile."""
-    try:
-        with runs.whole_folder(target) as joined:
-            _join(joined, shards, image_paths, image_size)
-    except FileNotFoundError:  # the other process has removed the shards
-        if not target.exists():
-            raise
-    shutil.rmtree(building, ignore_errors=True)
 
 
 def _join(joined, shards, image_paths, image_size):

@@ -24,12 +24,15 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from kerasmed import paths
+from kerasmed import locks, paths
 
 # Where things lie is no part of what a run computes.
 LOCATION_PARAMETERS = ("data_root", "models_root")
 WEIGHT_SUFFIXES = (".keras", ".h5", ".npz", ".pth")
 KEY_DIGITS = 10
+PROGRESS = "progress.json"  # of a run and of a training, only while somebody is at work on it
+_PARTING_SECONDS = 20.0  # that the kernel of a killed command may take to end
+_HELD: dict[Path, object] = {}  # run -> the lock that this kernel holds
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -149,8 +152,7 @@ def key(notebook: str, parameters: Mapping, fingerprint: str) -> str:
     files = {name: Path(value) for name, value in kept.items() if str(value).endswith(WEIGHT_SUFFIXES)}
     for name, path in files.items():
         if path.is_file():
-            with open(path, "rb") as file:
-                identity[f"content of {name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+            identity[f"content of {name}"] = file_hash(path)
     return hashlib.sha256(json.dumps(_plain(identity), sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
 
 
@@ -192,23 +194,25 @@ def start(
         The run folder.
 
     Raises:
-        RuntimeError: another process is writing it.
+        Busy: another process is writing it; says which.
     """
     run = folder(system, notebook, parameters, fingerprint, models_root=models_root)
-    # The command that started this kernel has reserved the folder.
-    refuse_running(run, but_for=(os.getpid(), os.getppid()))
+    state = status(run)
+    if locks.is_held(run) and (state.get("host"), state.get("pid")) != (_host_hash(), os.getppid()):
+        raise locks.Busy(_busy(run))  # by a command that has not started this kernel
+    _hold(run)
     (run / "figures").mkdir(parents=True, exist_ok=True)
     # Results of an earlier execution must not outlive it.
-    for name in ("metrics.json", "summary.json"):
+    for name in ("metrics.json", "draws.npz", "summary.json"):
         (run / name).unlink(missing_ok=True)
     write_json(run / "params.json", parameters)
     write_json(run / "environment.json", {**environment, "data_source": data_source, "fingerprint": fingerprint})
-    reserve(run, system, notebook, parameters["profile"], data_source=data_source)
+    mark_running(run, system, notebook, parameters["profile"], data_source=data_source)
     return run
 
 
-def reserve(run: Path, system: str, notebook: str, profile: str, *, data_source: str) -> None:
-    """Mark a run as being written by this process."""
+def mark_running(run: Path, system: str, notebook: str, profile: str, *, data_source: str) -> None:
+    """Write the status of a run that this process begins to write."""
     write_json(
         run / "status.json",
         {
@@ -224,24 +228,53 @@ def reserve(run: Path, system: str, notebook: str, profile: str, *, data_source:
     )
 
 
-def refuse_running(run: Path, *, but_for: Sequence[int] = (), force: bool = False) -> None:
-    """Raise where another process is writing a run.
+@contextlib.contextmanager
+def reserved(run: Path, *, wait: float | None = None) -> Iterator[None]:
+    """Keep all other processes off a run for the length of a block; see `kerasmed.locks`.
 
     Args:
-        run: the run folder.
-        but_for: process numbers of this machine that may.
-        force: take a run over that another machine left as running: whether that process lives cannot be seen here.
+        run: the run folder, which need not exist.
+        wait: seconds to wait for another process that has it; None for as long as it takes.
 
     Raises:
-        RuntimeError: says which process, since when, and what to do.
+        Busy: another process has it; says which, since when, and what to do.
     """
+    try:
+        with locks.held(run, wait=wait):
+            # Of a killed command the kernel lives on for a moment, until it notices.
+            kernel = locks.acquire(_kernel(run), wait=_PARTING_SECONDS if wait is not None else None)
+            kernel.release()
+            yield
+    except locks.Busy as error:
+        raise locks.Busy(_busy(run)) from error
+
+
+def _kernel(run: Path) -> Path:
+    """What the kernel that writes a run locks; the command that has started it locks the run itself."""
+    return run.with_name(f"{run.name}.kernel")
+
+
+def _hold(run: Path) -> None:
+    """Lock a run for this kernel, which writes one at a time, until it is finished or the kernel ends."""
+    if run in _HELD:
+        return
+    _let_go()
+    try:
+        _HELD[run] = locks.acquire(_kernel(run), wait=_PARTING_SECONDS)
+    except locks.Busy as error:
+        raise locks.Busy(_busy(run)) from error
+
+
+def _let_go() -> None:
+    while _HELD:
+        _HELD.popitem()[1].release()
+
+
+def _busy(run: Path) -> str:
     state = status(run)
     here = state.get("host") == _host_hash()
-    if state["status"] != "running" or (here and state["pid"] in but_for) or (force and not here):
-        return
     where = f"process {state['pid']} of this machine" if here else "a process of another machine"
-    mend = "wait for it, or stop it" if here else "wait for it, or use --force if it is dead"
-    raise RuntimeError(f"{run} has been written by {where} since {state['started']}; {mend}.")
+    return f"{run} has been written by {where} since {state.get('started', 'a moment ago')}; wait for it, or stop it."
 
 
 def _host_hash() -> str:
@@ -276,11 +309,12 @@ def promote(run: Path, variant: str, name: str) -> None:
 def finish(
     run: Path, *, headline: Sequence[Mapping], rows: Sequence[Mapping], chosen_by: Mapping | None = None
 ) -> dict:
-    """Check and write metrics.json and mark the run complete.
+    """Check and write metrics.json, with a hash of each model that was measured, and mark the run complete.
 
     Args:
         run: the run folder.
-        headline: the rows that answer the notebook's question; their values are finite.
+        headline: the rows that answer the notebook's question; their values are finite. Their `draws`, where they have
+            them, go to draws.npz, by position, so that runs can be compared draw by draw.
         rows: dicts of `kerasmed.metrics.multiclass_rows`: task, variant, split, metric, label, value, ci95, n,
             n_groups, baseline. An undefined value is None or NaN and has a `reason`.
         chosen_by: metric, split and value that runs may be chosen by, such as of a sweep: never of the test split.
@@ -309,12 +343,26 @@ def finish(
     content = {
         "data_source": read_json(run / "environment.json")["data_source"],
         "chosen_by": chosen_by,
-        "headline": list(headline),
-        "rows": list(rows),
+        "headline": [_without_draws(row) for row in headline],
+        "rows": [_without_draws(row) for row in rows],
+        "weights": {path.relative_to(run).as_posix(): file_hash(path) for path in sorted(run.rglob("*.keras"))},
     }
+    with whole(run / "draws.npz") as temporary:
+        np.savez(temporary, **{str(number): row["draws"] for number, row in enumerate(headline) if "draws" in row})
     write_json(run / "metrics.json", content)
     set_status(run, "complete")
+    _let_go()
     return content
+
+
+def _without_draws(row: Mapping) -> dict:
+    return {name: value for name, value in row.items() if name != "draws"}
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """Hash the content of a file, hexadecimal SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def summarize(run: Path, summary: Mapping) -> dict:
@@ -341,6 +389,7 @@ def summarize(run: Path, summary: Mapping) -> dict:
     content = {"data_source": read_json(run / "environment.json")["data_source"], **summary}
     write_json(run / "summary.json", content)
     set_status(run, "complete")
+    _let_go()
     return content
 
 
@@ -367,7 +416,7 @@ def set_status(run: Path, status: str, **details) -> None:
 
 
 def status(run: Path) -> dict:
-    """Read status.json; a run marked "running" whose process is gone from this machine reads as "interrupted"."""
+    """Read status.json; a run marked "running" that no process has locked any more reads as "interrupted"."""
     path = run / "status.json"
     if not path.exists():
         return {"status": "absent"}
@@ -375,19 +424,9 @@ def status(run: Path) -> dict:
         current = read_json(path)
     except ValueError as error:
         return {"status": "unreadable", "error": f"status.json: {error}"}
-    if current["status"] == "running" and current["host"] == _host_hash() and not _is_alive(current):
+    if current["status"] == "running" and not (locks.is_held(run) or locks.is_held(_kernel(run))):
         current["status"] = "interrupted"
     return current
-
-
-def _is_alive(state: Mapping) -> bool:
-    """Whether the process that wrote a status still lives; one that began later only has its number."""
-    try:
-        process = psutil.Process(state["pid"])
-        began, dead = process.create_time(), process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    return not dead and began <= datetime.datetime.fromisoformat(state["started"]).timestamp() + 1
 
 
 def find(

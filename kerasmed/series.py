@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cv2
-import joblib
 import numpy as np
 import pandas as pd
 
-from kerasmed import dicom, paths, runs
+from kerasmed import dicom, fanout, locks, paths, runs
 from kerasmed import progress as bars
 
 NORMALISATIONS = ("gsl", "hist")
@@ -263,8 +262,8 @@ def convert(
     as 1.dcm.bak, Thumbs.db and notes count nowhere. Where none ends so, all visible files are taken, as scanners may
     name theirs anyhow.
 
-    Work goes to processes: pydicom holds the interpreter's lock, and one file is read at a time in a process. A Dask
-    backend set by the caller takes precedence.
+    Work goes to processes: pydicom holds the interpreter's lock, and one file is read at a time in a process. See
+    `kerasmed.fanout.shards` for a cluster. Of several processes that are asked one converts, the others wait.
 
     Args:
         manifest: rows with `COLUMNS`; series_path is a folder that holds one series.
@@ -290,9 +289,11 @@ def convert(
     files = [_files(root / row.series_path) for row in asked.itertuples()]
     options = (tuple(image_size), sorted(normalisations), bool(window))
     target = Path(folder or paths.cache_root()) / _fingerprint(asked, files, options)
-    if not (target / "index.csv").exists() or any(map(_may_pass, _read_csv(target / "quarantine.csv")["reason"])):
-        (target / "index.csv").unlink(missing_ok=True)
-        _build(target, asked, root, files, tuple(image_size), normalisations, window, jobs, progress)
+    if not _is_whole(target):
+        with locks.held(target):
+            if not _is_whole(target):  # another process may have made it meanwhile
+                (target / "index.csv").unlink(missing_ok=True)
+                _build(target, asked, root, files, tuple(image_size), normalisations, window, jobs, progress)
     volumes = Volumes(
         target,
         _read_csv(target / "index.csv"),
@@ -391,20 +392,22 @@ def _check_share(volumes, asked, num_files, share) -> None:
 def _build(target, asked, root, files, image_size, normalisations, window, jobs, progress) -> None:
     """Write the missing series, then the tables."""
     notes = [target / "series" / row.study_id / f"{row.series_id}.json" for row in asked.itertuples()]
-    missing = [row for row, note in enumerate(notes) if not _is_done(note)]
     options = (image_size, normalisations, window)
-    done = joblib.Parallel(n_jobs=jobs, prefer="processes", return_as="generator_unordered")(
-        joblib.delayed(_convert_one)(
-            target, *asked.loc[row, ["study_id", "series_id"]], root / asked["series_path"][row],
-            [name for name, *_ in files[row]], *options,
-        )
-        for row in missing
-    )  # fmt: skip
-    finished = len(notes) - len(missing)
+    tasks = {
+        note: (target, row.study_id, row.series_id, root / row.series_path, [name for name, *_ in states], *options)
+        for note, row, states in zip(notes, asked.itertuples(), files)
+    }
+    finished = sum(map(_is_done, notes))
+    how = {"what": "series", "jobs": jobs, "prefer": "processes"}
     with bars.bar(len(notes), "convert", unit="series", done=finished, shown=progress) as bar:
-        for _ in done:
+        for _ in fanout.build(_convert_one, tasks, done=_is_done, **how):
             bar.update()
     _write_tables(target, asked, [runs.read_json(note) for note in notes])
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether all series are written, and none is worth another try."""
+    return (target / "index.csv").exists() and not any(map(_may_pass, _read_csv(target / "quarantine.csv")["reason"]))
 
 
 def _is_done(note: Path) -> bool:

@@ -276,6 +276,8 @@ class _Checkpoint(keras.callbacks.Callback):
             self.watched[0].best_weights = [arrays[f"best_{position}"] for position in range(state["num_best"])]
 
     def on_epoch_begin(self, epoch, logs=None):
+        now = {"epoch": epoch + 1, "epochs": self.params["epochs"]}
+        runs.write_json(self.path.with_name(runs.PROGRESS), now)
         self._began = time.perf_counter()
         self._rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
 
@@ -315,6 +317,7 @@ class _Checkpoint(keras.callbacks.Callback):
             self._print()
 
     def on_train_end(self, logs=None):
+        self.path.with_name(runs.PROGRESS).unlink(missing_ok=True)
         if self._printed_epoch < len(self.history):
             self._print()
 

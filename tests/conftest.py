@@ -1,5 +1,6 @@
 """Fixtures: tiny trees in the real layout, and an environment that no test shares with a user's."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kerasmed import notebooks
 from kerasmed.datasets import brain
 
 
@@ -94,5 +96,43 @@ def write_cascade_run():
         found = {"task": "disease", "metric": "sensitivity", "label": "disease", "value": 0.875}
         runs.finish(run, headline=[row], rows=[row, row | found])
         return run
+
+    return write
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, brain_root):
+    """A project of one notebook whose body a test writes; data in the real layout beside it."""
+    home = tmp_path / "project"
+    (home / "notebooks/params/smoke").mkdir(parents=True)
+    (home / "notebooks/params/smoke/10_tiny.yaml").write_text("profile: smoke\nepochs: 2\n")
+    monkeypatch.chdir(home)
+
+    def write(body):
+        parameters = (
+            'profile = "full"  # type: str  name\nepochs = 5  # type: int  number\nrate = 0.001  # type: float  step\n'
+            'tasks = ["a"]  # type: list  which\nsure = False  # type: bool  or not\n'
+            'data_source = "auto"  # type: str  which\n'
+            f'data_root = "{brain_root}"  # type: str  where\nmodels_root = ""  # type: str  where\n'
+        )
+        cells = [
+            {"cell_type": "markdown", "metadata": {}, "source": ["# Tiny\n", "text"]},
+            {
+                "cell_type": "code",
+                "metadata": {"tags": ["parameters"]},
+                "source": [parameters],
+                "outputs": [],
+                "execution_count": None,
+            },
+            {"cell_type": "code", "metadata": {}, "source": [body], "outputs": [], "execution_count": None},
+        ]
+        metadata = {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "kerasmed": {"system": "brain", "budget_minutes": {"smoke": 1}},
+        }
+        content = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}
+        (home / "notebooks/10_tiny.ipynb").write_text(json.dumps(content))
+        notebook = notebooks.describe("10_tiny")
+        return notebook, notebooks.resolve(notebook, profile="smoke", given={})
 
     return write

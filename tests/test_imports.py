@@ -13,6 +13,8 @@ from kerasmed import datasets
 PACKAGE = Path(kerasmed.__file__).parent
 LAYERS = {
     "paths": 0,
+    "locks": 0,
+    "fanout": 0,
     "collection": 0,
     "environment": 0,
     "runs": 0,
@@ -35,6 +37,7 @@ LAYERS = {
     "studies": 1,
     "study_plots": 1,
     "plots": 1,
+    "report": 1,
     "cascade_plots": 1,
     "classifiers": 1,
     "imputation": 1,
@@ -54,10 +57,15 @@ LAYERS = {
     "embeddings": 3,
     "gradcam": 3,
     "systems": 4,
+    "notebook_page": 5,
     "notebooks": 5,
+    "sweeps": 5,
+    "live": 5,
+    "tracking": 5,
     "presentation": 5,
     "serving": 5,
     "app": 5,
+    "data_commands": 5,
     "cli": 5,
     "__main__": 5,
 }

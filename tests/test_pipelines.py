@@ -3,7 +3,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -134,17 +136,38 @@ def test_decode_all_files_bad_stops_with_reasons(tree):
         _decode(tree, max_quarantined_share=0.5)
 
 
-def test_decode_store_finished_meanwhile_by_another_process_is_taken(tree, monkeypatch):
-    join = pipelines._join
+def test_decode_two_calls_at_once_decode_each_file_once(tree, monkeypatch):
+    read, asked, both = images.read, [], threading.Barrier(2)
 
-    def other_is_quicker(joined, *arguments):
-        join(joined, *arguments)
-        shutil.copytree(joined, joined.with_name(joined.name.split(".")[1]))
-        raise FileNotFoundError("the other process has removed the shards")
+    def counted(path, **options):
+        asked.append(path)
+        time.sleep(0.01)
+        return read(path, **options)
 
-    monkeypatch.setattr(pipelines, "_join", other_is_quicker)
-    assert len(_decode(tree).images) == 20
-    assert [path.name for path in paths.cache_root().iterdir()] == [_decode(tree).folder.name]
+    def decode(_):
+        both.wait()
+        return _decode(tree, jobs=1)
+
+    monkeypatch.setattr(images, "read", counted)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(decode, range(2))
+    assert len(asked) == len(set(asked)) == 20
+    assert first.folder == second.folder and np.array_equal(first.images, second.images)
+
+
+def test_decode_shard_that_is_lost_before_the_end_is_made_again(tree, monkeypatch):
+    monkeypatch.setattr(pipelines, "SHARD_ROWS", 5)
+    whole, decode_shard, lost = _decode(tree), pipelines.decode_shard, []
+
+    def loses_the_first(shard, *arguments):
+        if shard.name.startswith("000000010") and not lost:
+            lost.append(shard.with_name("000000000.npz"))
+            lost[0].unlink()
+        return decode_shard(shard, *arguments)
+
+    shutil.rmtree(whole.folder)
+    monkeypatch.setattr(pipelines, "decode_shard", loses_the_first)
+    assert np.array_equal(_decode(tree, jobs=1).images, whole.images) and lost
 
 
 def test_decode_file_that_the_system_refused_is_tried_again(tree, monkeypatch):

@@ -1,13 +1,16 @@
+import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from kerasmed import collection, runs
+from kerasmed import collection, locks, report, runs
 
 PARAMETERS = {"profile": "smoke", "seed": 0, "image_size": [64, 64], "rate": 0.001}
 
@@ -115,18 +118,63 @@ def test_finish_refuses_numbers_that_cannot_be_trusted(headline, rows, message):
     assert runs.status(run)["status"] == "running" and not (run / "metrics.json").exists()
 
 
-def test_start_refuses_a_run_that_another_process_writes():
+@pytest.fixture
+def elsewhere():
+    """Function that holds a lock in another process; its end, however it comes, lets go."""
+    with contextlib.ExitStack() as stack:
+
+        def hold(path):
+            code = "import sys, time; from pathlib import Path; from kerasmed import locks; "
+            code += "held = locks.acquire(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+            command = [sys.executable, "-c", code, str(path)]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
+            stack.callback(process.kill)
+            assert process.stdout.readline() == b"held\n"
+            return process
+
+        yield hold
+
+
+def test_start_refuses_a_run_that_another_process_writes(elsewhere, monkeypatch):
+    monkeypatch.setattr(runs, "_PARTING_SECONDS", 0.1)
     run = _start()
     _start()  # this very process may
-    state = runs.read_json(run / "status.json")
-    runs.write_json(run / "status.json", state | {"pid": 1, "started": "2100-01-01T00:00:00+00:00"})
-    with pytest.raises(RuntimeError, match="written by process 1 of this machine since 2100.*wait for it, or stop it"):
+    runs.finish(run, headline=[_row()], rows=[_row()])
+    kernel = elsewhere(runs._kernel(run))  # as in Jupyter, or by plain papermill
+    state = runs.read_json(run / "status.json") | {"pid": 1, "started": "2100-01-01T00:00:00+00:00"}
+    runs.write_json(run / "status.json", state)
+    message = "written by process 1 of this machine since 2100.*wait for it, or stop it"
+    with pytest.raises(locks.Busy, match=message):
         _start()
-    runs.refuse_running(run, but_for=(1,))
+    with pytest.raises(locks.Busy, match=message), runs.reserved(run, wait=0):
+        pass
+    kernel.kill()
+    kernel.wait()
+    command = elsewhere(run)
     runs.write_json(run / "status.json", state | {"host": "elsewhere"})
-    with pytest.raises(RuntimeError, match="a process of another machine.*use --force if it is dead"):
-        runs.refuse_running(run)
-    runs.refuse_running(run, force=True)
+    with pytest.raises(locks.Busy, match="a process of another machine"):
+        _start()  # the kernel of no command, or of another one
+    runs.write_json(run / "status.json", state | {"pid": os.getppid()})
+    _start()  # the kernel of this one
+    command.kill()
+
+
+def test_status_of_a_run_that_nobody_holds_is_interrupted(elsewhere):
+    run = _start()
+    assert runs.status(run)["status"] == "running"
+    runs._let_go()
+    assert runs.status(run)["status"] == "interrupted"
+    command = elsewhere(run)
+    assert runs.status(run)["status"] == "running"
+    command.kill()
+    command.wait()
+    assert runs.status(run)["status"] == "interrupted"
+
+
+def test_start_of_another_run_lets_the_first_go():
+    first = _start()
+    second = _start(fingerprint="other")
+    assert [runs.status(run)["status"] for run in (first, second)] == ["interrupted", "running"]
 
 
 def test_status_of_a_damaged_file_is_unreadable():
@@ -154,18 +202,6 @@ def test_whole_folder_leaves_what_another_machine_may_be_writing(tmp_path):
     with runs.whole_folder(tmp_path / "a"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.0123456789.4194305.tmp", "a"]
-
-
-def test_status_of_a_dead_process_is_interrupted():
-    run = _start()
-    runs.write_json(run / "status.json", runs.read_json(run / "status.json") | {"pid": 2**22 + 1})
-    assert runs.status(run)["status"] == "interrupted"
-
-
-def test_status_of_a_process_that_took_over_the_number_is_interrupted():
-    run = _start()
-    runs.write_json(run / "status.json", runs.read_json(run / "status.json") | {"started": "2020-01-01T00:00:00+00:00"})
-    assert runs.status(run)["status"] == "interrupted"
 
 
 def test_find_takes_the_newest_complete_and_says_what_to_do_without():
@@ -258,7 +294,7 @@ def test_collect_tabulates_complete_and_failed_runs(tmp_path):
         table["metric"] == "accuracy", ["value", "ci_low", "ci_high", "baseline", "baseline_value"]
     ].values.tolist() == [[0.9, 0.8, 1.0, "majority", 0.5]]
     assert len(collection.collect(done)) == 2 and len(collection.collect(done.parent)) == 3
-    collection.write_html(tmp_path / "t.html", table)
+    report.write_html(tmp_path / "t.html", table)
     page = (tmp_path / "t.html").read_text()
     assert "&lt;ValueError&gt;" in page and "0.900" in page and "<script" not in page
 
@@ -332,7 +368,7 @@ def test_collect_lists_a_run_with_a_summary_in_one_row_without_numbers(tmp_path)
     assert table["status"].tolist() == ["complete", "complete"]
     assert sorted(table["value"].isna()) == [False, True]
     assert collection.as_text(table).loc[table["value"].isna(), "metric"].tolist() == [""]
-    collection.write_html(tmp_path / "t.html", table)
+    report.write_html(tmp_path / "t.html", table)
 
 
 def test_variant_folder_is_named_after_the_variant_in_what_suits_a_file_name(tmp_path):

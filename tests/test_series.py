@@ -691,7 +691,7 @@ def test_convert_lets_no_identifier_out(tmp_path, rng, monkeypatch, caplog, capf
     assert volumes.table["slices"].item() >= 4 and len(volumes.quarantine) >= 6
     assert volumes.table["manufacturer"].item() == "other" and volumes.table["age"].item() == 90
     files = [path for jobs in (1, 2) for path in (tmp_path / f"cache{jobs}").rglob("*") if path.is_file()]
-    assert len(files) == 2 * 6
+    assert len(files) == 2 * (6 + 1)  # and a lock
     for content in (*(path.read_bytes() for path in files), *(text.encode() for text in said)):
         assert not any(secret in content for secret in secrets)
         assert b"planted" not in content.lower()

@@ -1,0 +1,172 @@
+"""Work spread over this machine's cores, or over a Dask cluster.
+
+A task is a function and its arguments; it writes its result, whole, into a folder that all workers see, and says
+little. So any task may be done anywhere, in any order, twice, or again after its worker was lost. Workers are started
+by `dask worker`; they must see the same files under the same names and have the same sources, which is checked.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import joblib
+
+from kerasmed import paths, runs
+
+# Names the scheduler that `shards` uses.
+SCHEDULER = "KERASMED_SCHEDULER"
+_SECONDS_TO_CONNECT = 20
+
+
+def scheduler() -> str:
+    """Return the address of the Dask scheduler that shards go to, "" for none."""
+    return os.environ.get(SCHEDULER, "")
+
+
+def shards(function: Callable, tasks: Iterable[tuple], *, jobs: int = -1, prefer: str = "threads") -> Iterator:
+    """Call a function with the arguments of each task, in parallel, and yield what it returns in any order.
+
+    Tasks go to this machine's cores, or, where `$KERASMED_SCHEDULER` names a Dask scheduler, to its workers through
+    joblib's Dask backend; those of a worker that is lost go to another one.
+
+    Args:
+        function: importable by its name, where a cluster is used; what its tasks write must be whole or absent.
+        tasks: arguments.
+        jobs: joblib workers on this machine; -1 for one per core, 1 for none but this process.
+        prefer: "threads" or "processes", on this machine.
+
+    Raises:
+        ConnectionError: as of `cluster`.
+    """
+    calls = [joblib.delayed(function)(*task) for task in tasks]
+    if not scheduler() or not calls:
+        yield from joblib.Parallel(n_jobs=jobs, prefer=prefer, return_as="generator_unordered")(calls)
+        return
+    with cluster(scheduler()) as client:
+        with joblib.parallel_config("dask", client=client):
+            parallel = joblib.Parallel(n_jobs=-1, return_as="generator_unordered")
+        yield from parallel(calls)
+
+
+def on_threads(jobs: int, function: Callable, tasks: Iterable[tuple]) -> Iterator:
+    """Call a function with the arguments of each task on threads of this process; yield what it returns, in any order.
+
+    Of one job there is no thread: it is done here, one task after the other.
+    """
+    calls = (joblib.delayed(function)(*task) for task in tasks)
+    # One task at a time: they take minutes.
+    options = {"prefer": "threads", "batch_size": 1, "pre_dispatch": "n_jobs", "return_as": "generator_unordered"}
+    yield from joblib.Parallel(n_jobs=jobs, **options)(calls)
+
+
+def build(
+    function: Callable, tasks: Mapping[Path, tuple], *, what: str, done: Callable[[Path], bool] = Path.exists, **options
+) -> Iterator:
+    """Do the tasks whose files are not there yet, as `shards`, and yield what each returns.
+
+    A file that was written and lost again meanwhile is made a second time.
+
+    Args:
+        function, options: as of `shards`.
+        tasks: file that a task writes -> its arguments.
+        what: is written, for the error.
+        done: tells of a file whether it need not be made again.
+
+    Raises:
+        FileNotFoundError: a file is still not there: workers write where this process does not see it.
+    """
+    for is_there in (done, Path.exists):
+        yield from shards(function, [task for path, task in tasks.items() if not is_there(path)], **options)
+    missing = [path for path in tasks if not path.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(tasks)} {what} were written and are not there; workers of a cluster must share "
+            f"the disk of $KERASMED_CACHE. First: {missing[0]}."
+        )
+
+
+def on_cluster(client, function: Callable, tasks: Iterable[tuple]) -> Iterator[tuple[tuple, object]]:
+    """Call a function with the arguments of each task on a cluster's workers; yield each task with what it returned.
+
+    One that raised, or whose workers were lost more often than Dask puts up with, comes with the exception instead:
+    no task spoils another.
+
+    Args:
+        client: of `cluster`.
+        function: importable by its name.
+        tasks: arguments.
+    """
+    from dask.distributed import as_completed
+
+    here = surroundings()
+    futures = {
+        client.submit(_there, here, function, task, pure=False, priority=-number): task  # in order, as here
+        for number, task in enumerate(tasks)
+    }
+    for future in as_completed(list(futures), loop=client.loop):
+        try:
+            found = future.result()
+        except Exception as error:  # whatever it was, it is the caller's to tell
+            found = error
+        yield futures[future], found
+
+
+@contextlib.contextmanager
+def cluster(address: str) -> Iterator:
+    """Connect to a Dask scheduler (extra `cluster`); yield its client.
+
+    Raises:
+        ImportError: Dask is not installed; says how to mend it.
+        ConnectionError: nothing answers there, no worker comes, or a worker has other sources or folders.
+    """
+    try:
+        from dask.distributed import Client
+    except ImportError as error:
+        raise ImportError("a cluster needs Dask: pip install 'kerasmed[cluster]', on every machine.") from error
+    try:
+        client = Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise ConnectionError(
+            f"no Dask scheduler answers at {address!r}; start one with `dask scheduler` and name it as it says, such "
+            f"as tcp://HOST:8786."
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=_SECONDS_TO_CONNECT)
+        except TimeoutError as error:
+            raise ConnectionError(f"{address} has no worker; start some with `dask worker {address}`.") from error
+        here = surroundings()
+        for worker, there in client.run(surroundings, on_error="return").items():
+            _refuse_strange(here, there, worker)
+        yield client
+
+
+def surroundings() -> dict[str, str]:
+    """Say what a worker must have in common with the command: sources, and where files are."""
+    roots = {"project": paths.project_root(), "data": paths.data_root(), "models": paths.models_root()}
+    return {
+        "sources": runs.sources_hash("")[:12],
+        **{name: str(root) for name, root in {**roots, "cache": paths.cache_root()}.items()},
+    }
+
+
+def _refuse_strange(here: dict, there, worker: str) -> None:
+    if isinstance(there, BaseException):
+        raise ConnectionError(
+            f"worker {worker} cannot use kerasmed ({type(there).__name__}: {there}); install the same version there."
+        )
+    other = [f"{name} {there[name]}, here {here[name]}" for name in here if there[name] != here[name]]
+    if other:
+        raise ConnectionError(
+            f"worker {worker} is unlike this command: {'; '.join(other)}. Start workers with the same sources, in the "
+            "same folder and with the same $KERASMED_DATA, $KERASMED_MODELS and $KERASMED_CACHE, on a disk they share."
+        )
+
+
+def _there(here: dict, function: Callable, task: tuple):
+    """Do a task on a worker."""
+    _refuse_strange(here, surroundings(), "that came later")
+    # A task that waited for the cluster whose slot it holds could wait for ever.
+    os.environ.pop(SCHEDULER, None)
+    return function(*task)

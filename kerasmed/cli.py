@@ -165,7 +165,7 @@ def sweep(
         raise click.UsageError("--jobs is of this machine, --scheduler of a cluster; leave one of them out.")
     described = usage(nb.describe, notebook)
     common = _given(pairs, data_root, models_root)
-    grid = _grid(grids, grid_file, common)
+    grid = sweeps.with_lists(_grid(grids, grid_file, common), described)
     tried = usage(sweeps.points, grid)
     resolved = [usage(nb.resolve, described, profile=profile, given={**common, **point}) for point in tried]
     labels = sweeps.labels(tried)

@@ -368,7 +368,7 @@ def _tail(error: BaseException) -> list[str]:
 def _reason(error: BaseException) -> str:
     """Say in a few lines which cell failed and why."""
     if hasattr(error, "evalue"):
-        where = f"cell {error.cell_index} (In [{error.exec_count}])" if hasattr(error, "exec_count") else "a cell"
+        where = f"cell {error.cell_index + 1} (In [{error.exec_count}])" if hasattr(error, "exec_count") else "a cell"
         arrows = [match for line in _trace(error) if (match := _ARROW.match(line))]
         at = f"\n  at line {arrows[0][1]}: {arrows[0][2].strip()}" if arrows else ""
         return f"{where}: {error.ename}: {error.evalue}{at}"

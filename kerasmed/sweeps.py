@@ -138,6 +138,20 @@ def read_grid(path: Path) -> dict[str, list]:
     return grid
 
 
+def with_lists(grid: Mapping[str, Sequence], notebook: Notebook) -> dict[str, list]:
+    """Make a list of one of each text that is to be tried for a parameter that is a list.
+
+    So `--grid networks=VGG19,compact` tries two networks, each alone.
+    """
+    lists = {name for name, parameter in notebook.parameters.items() if isinstance(parameter.default, list)}
+    return {
+        name: [[value] if name in lists and isinstance(value, str) else value for value in values]
+        if isinstance(values, list)
+        else values
+        for name, values in grid.items()
+    }
+
+
 def points(grid: Mapping[str, Sequence]) -> list[dict]:
     """Combine every value of each parameter with every one of the others, the last parameter fastest.
 
@@ -214,11 +228,6 @@ def _figures(table: pd.DataFrame) -> dict:
 
 
 def shown_of_sweep(table: pd.DataFrame, swept: Sequence[str]) -> pd.DataFrame:
-    """Leave out of a `sweep_table` what need not be printed.
-
-    That is: swept parameters of one value, baselines, run, and error where nothing failed.
-    """
-    idle = {name for name in swept if table[name].nunique() == 1} | {"run"}
-    if not (table["status"] == "failed").any():
-        idle.add("error")
+    """Leave out of a `sweep_table` what need not be printed: swept parameters of one value, baselines, run, and error."""
+    idle = {name for name in swept if table[name].nunique() == 1} | {"run", "error"}
     return table[[name for name in table if name not in idle and not name.endswith(" baseline")]]

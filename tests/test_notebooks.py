@@ -153,7 +153,7 @@ def test_run_leaves_a_complete_folder_and_does_not_repeat_it(project):
         (
             "epochs / 0",
             None,
-            r"cell 3 \(In \[3\]\): ZeroDivisionError: division by zero\n  at line 1: epochs / 0\n(  \|.*\n)*"
+            r"cell 4 \(In \[3\]\): ZeroDivisionError: division by zero\n  at line 1: epochs / 0\n(  \|.*\n)*"
             r"  \| Cell In\[3\], line 1\n  \| -+> 1 epochs / 0\n  executed notebook: ",
         ),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", None, "DeadKernelError"),

@@ -39,14 +39,16 @@ def shards(function: Callable, tasks: Iterable[tuple], *, jobs: int = -1, prefer
     Raises:
         ConnectionError: as of `cluster`.
     """
-    calls = [joblib.delayed(function)(*task) for task in tasks]
-    if not scheduler() or not calls:
-        yield from joblib.Parallel(n_jobs=jobs, prefer=prefer, return_as="generator_unordered")(calls)
+    tasks = list(tasks)
+    if not scheduler() or not tasks:
+        parallel = joblib.Parallel(n_jobs=jobs, prefer=prefer, return_as="generator_unordered")
+        yield from parallel(joblib.delayed(function)(*task) for task in tasks)
         return
     with cluster(scheduler()) as client:
         with joblib.parallel_config("dask", client=client):
             parallel = joblib.Parallel(n_jobs=-1, return_as="generator_unordered")
-        yield from parallel(calls)
+        here = surroundings()
+        yield from parallel(joblib.delayed(_there)(here, function, task) for task in tasks)
 
 
 def on_threads(jobs: int, function: Callable, tasks: Iterable[tuple]) -> Iterator:

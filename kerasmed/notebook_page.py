@@ -45,16 +45,12 @@ def write(notebook: str | os.PathLike, html: str | os.PathLike) -> None:
         html: file to write.
 
     Raises:
-        ImportError: nbconvert is not installed.
         ValueError: the file is no notebook.
         OSError: it cannot be read, or the page cannot be written.
     """
-    try:
-        import nbformat
-        from nbconvert import HTMLExporter
-        from traitlets.config import Config
-    except ImportError as error:
-        raise ImportError(f"pages of notebooks need nbconvert: pip install nbconvert. ({error})") from error
+    import nbformat
+    from nbconvert import HTMLExporter
+    from traitlets.config import Config
 
     notebook = Path(notebook)
     text = notebook.read_text(encoding="utf-8")

@@ -327,8 +327,8 @@ def _write_page(folder: Path) -> None:
     if (folder / "notebook.ipynb").exists():
         try:
             notebook_page.write(folder / "notebook.ipynb", folder / "notebook.html")
-        except (OSError, ValueError) as error:
-            logger.warning("no page of %s: %s", folder / "notebook.ipynb", error)
+        except Exception as error:  # whatever nbconvert meets: the notebook itself is there
+            logger.warning("no page of %s: %s: %s", folder / "notebook.ipynb", type(error).__name__, error)
 
 
 @contextlib.contextmanager

@@ -228,6 +228,6 @@ def _figures(table: pd.DataFrame) -> dict:
 
 
 def shown_of_sweep(table: pd.DataFrame, swept: Sequence[str]) -> pd.DataFrame:
-    """Leave what need not be printed out of a `sweep_table`: swept parameters of one value, baselines, run and error."""
+    """Leave out of a `sweep_table` what need not be printed: parameters of one value, baselines, run and error."""
     idle = {name for name in swept if table[name].nunique() == 1} | {"run", "error"}
     return table[[name for name in table if name not in idle and not name.endswith(" baseline")]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kerasmed import datasets, notebooks, paths, runs
+from kerasmed import datasets, locks, notebooks, paths, runs
 from kerasmed.datasets import brain
 from kerasmed.notebooks import parse_value
 from kerasmed.systems.brain.networks import Config
@@ -191,13 +191,17 @@ def test_run_two_at_once_do_not_disturb_each_other(project):
 
 
 def test_run_under_way_elsewhere_is_left_alone(project):
-    notebook, parameters = project("import time; time.sleep(8)" + GOOD)
+    wait = "import pathlib, time\nwhile not pathlib.Path('go').exists():\n    time.sleep(0.05)\n"
+    notebook, parameters = project(wait + GOOD)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(notebooks.run, notebook, parameters)
         while not list(paths.models_root().rglob("status.json")):
             time.sleep(0.05)
-        with pytest.raises(RuntimeError, match=r"written by process \d+ of this machine"):
-            notebooks.run(notebook, parameters)
+        try:
+            with pytest.raises(locks.Busy, match=r"written by process \d+ of this machine"):
+                notebooks.run(notebook, parameters)
+        finally:
+            Path("go").touch()
         assert first.result()[1]
 
 

@@ -158,7 +158,7 @@ def sweep(
     start it with `dask scheduler`, and on each machine `dask worker tcp://HOST:8786 --nthreads 1` in this folder, on a
     disk that all machines share (extra `cluster`).
     """
-    from kerasmed import collection, live, runs, sweeps
+    from kerasmed import collection, runs, sweeps
     from kerasmed import notebooks as nb
 
     if scheduler and jobs > 1:
@@ -169,27 +169,57 @@ def sweep(
     tried = usage(sweeps.points, grid)
     resolved = [usage(nb.resolve, described, profile=profile, given={**common, **point}) for point in tried]
     labels = sweeps.labels(tried)
-    out = out or Path(f"sweep-{notebook}.csv")
-    with runs.whole(out) as temporary:  # a place that cannot be written to is better found before the work
-        temporary.touch()
-        placed, failed = sweeps.place(described, resolved)
-        click.secho(f"{described.name} ({profile}): {len(tried)} runs", bold=True)
-        done = {}
+    out = _writable(out or Path(f"sweep-{notebook}.csv"))
+    placed, failed = sweeps.place(described, resolved)
+    click.secho(f"{described.name} ({profile}): {len(tried)} runs", bold=True)
+    options = {"jobs": jobs, "scheduler": scheduler, "force": force, "timeout": timeout}
+    done, stopped = _watch(placed, labels, failed, track, options)
+    table = sweeps.sweep_table(tried, done, failed)
+    runs.write_table(out, table)
+    click.echo(f"\n{collection.as_text(sweeps.shown_of_sweep(table, list(grid))).to_string(index=False)}")
+    ordered = "best validation first" if table["validation"].notna().any() else "none tells a validation value"
+    click.echo(f"{len(table)} runs, {ordered}; written to {out}")
+    if stopped:
+        on_workers = "; what workers have begun goes on there" if scheduler else ""
+        click.secho(f"stopped; the same command does the rest{on_workers}", fg="red", err=True)
+        sys.exit(130)
+    _end(len(tried), {labels[number]: failed[number] for number in sorted(failed)})
+
+
+def _watch(placed, labels, failed: dict, track: str | None, options: dict) -> tuple[dict, bool]:
+    """Execute a sweep's runs in sight of the user, add to `failed`; tables of those done, and if it was stopped."""
+    from kerasmed import collection, live, sweeps
+
+    done = {}
+    try:
         with live.shown({number: each.folder for number, each in placed.items()}, labels) as ended:
-            options = {"jobs": jobs, "scheduler": scheduler, "force": force, "timeout": timeout}
             for number, what, error in sweeps.execute(placed, **options):
-                if what == sweeps.FAILED:
+                folder = placed[number].folder
+                table = collection.collect(folder)  # now: another command may begin it anew later
+                if not error and (table["status"] != "complete").all():
+                    error = "another command has begun it anew"
+                if error:
                     failed[number] = error
                 else:
-                    done[number] = placed[number].folder
+                    done[number] = table
                 first = f": {error.splitlines()[0]}" if error else ""
-                ended(number, f"[{len(done) + len(failed)}/{len(tried)}] {labels[number]}: {what}{first}")
-                _track(track, placed[number].folder, resolved[number]["models_root"])
-        table = sweeps.sweep_table(tried, done, failed)
-        table.to_csv(temporary, index=False)
-    click.echo(f"\n{collection.as_text(sweeps.shown_of_sweep(table, list(grid))).to_string(index=False)}")
-    click.echo(f"{len(table)} runs, best validation first; written to {out}")
-    _end(len(tried), {labels[number]: failed[number] for number in sorted(failed)})
+                ended(number, f"[{len(done) + len(failed)}/{len(labels)}] {labels[number]}: {what}{first}")
+                _track(track, folder, placed[number].parameters["models_root"])
+    except KeyboardInterrupt:
+        return done, True
+    return done, False
+
+
+def _writable(path: Path) -> Path:
+    """Make the folder of a file to be written; a place where nothing can be written is better found before the work."""
+    import tempfile
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}; name another place.") from error
 
 
 def _grid(grids, grid_file: Path | None, common: dict) -> dict:
@@ -205,6 +235,8 @@ def _grid(grids, grid_file: Path | None, common: dict) -> dict:
         if names.count(name) > 1:
             raise click.UsageError(f"{name} is given in {names.count(name)} --grid; write all its values in one.")
     for name in grid:
+        if name == "models_root":
+            raise click.UsageError("models_root says where runs go, not what they compute; give it by --models-root.")
         if name in common:
             raise click.UsageError(
                 f"{name} is given both as {common[name]!r} (by -p or its own option) and as values to try, "
@@ -214,11 +246,13 @@ def _grid(grids, grid_file: Path | None, common: dict) -> dict:
 
 
 def _given(pairs, data_root: str, models_root: str) -> dict:
-    """Join -p and the roots into given parameters."""
-    roots = (("data_root", data_root), ("models_root", models_root))
-    return dict(usage(_pair, pair) for pair in pairs) | {
-        name: str(Path(root).resolve()) for name, root in roots if root
-    }
+    """Join -p and the roots into given parameters; roots are those of the caller's folder, wherever a kernel runs."""
+    given = dict(usage(_pair, pair) for pair in pairs)
+    for name, root in (("data_root", data_root), ("models_root", models_root)):
+        root = root or given.get(name)
+        if root:
+            given[name] = str(Path(str(root)).resolve())
+    return given
 
 
 def _pair(pair: str):
@@ -357,6 +391,8 @@ def collect(folder, html, csv, metric):
     if table.empty:
         raise click.UsageError(f"no runs under {folder or 'the models root'}; make one with `kerasmed run NOTEBOOK`.")
     ranked = usage(report.rank, table, metric=metric)
+    for path in filter(None, (csv, html)):
+        _writable(path)
     click.echo(collection.as_text(table[list(collection.SHOWN)]).to_string(index=False))
     for row in table[table["error"].notna()].drop_duplicates("folder").itertuples():
         click.echo(f"{row.run}: {row.error}")

@@ -1,12 +1,18 @@
 """Work spread over this machine's cores, or over a Dask cluster.
 
 A task is a function and its arguments; it writes its result, whole, into a folder that all workers see, and says
-little. So any task may be done anywhere, in any order, twice, or again after its worker was lost. Workers are started
-by `dask worker`; they must see the same files under the same names and have the same sources, which is checked.
+little. So tasks may be done anywhere, in any order, and again where a worker was lost. Workers are started by `dask
+worker`; they must have loaded the same sources and look for files in the same places, which is checked: of the command
+before its first task, and by each worker before each.
 """
 
 import contextlib
+import itertools
+import logging
 import os
+import re
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +22,16 @@ from kerasmed import paths, runs
 
 # Names the scheduler that `shards` uses.
 SCHEDULER = "KERASMED_SCHEDULER"
-_SECONDS_TO_CONNECT = 20
+_SECONDS_TO_CONNECT = 10
+_SECONDS_TO_REFUSE_AGAIN = 0.5
+_ADDRESS = re.compile(r"\w+://[^\s/]+:\d+/?")
+# As this process has loaded them: a worker that was started before a change computes what was.
+_SOURCES = runs.sources_hash("")[:12]
+logger = logging.getLogger(__name__)
+
+
+class StrangeWorker(ConnectionError):
+    """A worker has other sources or folders than the command."""
 
 
 def scheduler() -> str:
@@ -27,8 +42,9 @@ def scheduler() -> str:
 def shards(function: Callable, tasks: Iterable[tuple], *, jobs: int = -1, prefer: str = "threads") -> Iterator:
     """Call a function with the arguments of each task, in parallel, and yield what it returns in any order.
 
-    Tasks go to this machine's cores, or, where `$KERASMED_SCHEDULER` names a Dask scheduler, to its workers through
-    joblib's Dask backend; those of a worker that is lost go to another one.
+    Tasks go to this machine's cores, by joblib, or, where `$KERASMED_SCHEDULER` names a Dask scheduler, to its workers;
+    those of a worker that is lost go to another one. (joblib's own Dask backend does them here, in the process that
+    asks, where the cluster has one thread, and takes workers unseen that come later.)
 
     Args:
         function: importable by its name, where a cluster is used; what its tasks write must be whole or absent.
@@ -45,10 +61,10 @@ def shards(function: Callable, tasks: Iterable[tuple], *, jobs: int = -1, prefer
         yield from parallel(joblib.delayed(function)(*task) for task in tasks)
         return
     with cluster(scheduler()) as client:
-        with joblib.parallel_config("dask", client=client):
-            parallel = joblib.Parallel(n_jobs=-1, return_as="generator_unordered")
-        here = surroundings()
-        yield from parallel(joblib.delayed(_there)(here, function, task) for task in tasks)
+        for _, found in on_cluster(client, function, tasks):
+            if isinstance(found, BaseException):
+                raise found
+            yield found
 
 
 def on_threads(jobs: int, function: Callable, tasks: Iterable[tuple]) -> Iterator:
@@ -92,7 +108,7 @@ def on_cluster(client, function: Callable, tasks: Iterable[tuple]) -> Iterator[t
     """Call a function with the arguments of each task on a cluster's workers; yield each task with what it returned.
 
     One that raised, or whose workers were lost more often than Dask puts up with, comes with the exception instead:
-    no task spoils another.
+    no task spoils another. What a worker refuses, because it came later and is unlike this command, goes to others.
 
     Args:
         client: of `cluster`.
@@ -101,17 +117,38 @@ def on_cluster(client, function: Callable, tasks: Iterable[tuple]) -> Iterator[t
     """
     from dask.distributed import as_completed
 
-    here = surroundings()
-    futures = {
-        client.submit(_there, here, function, task, pure=False, priority=-number): task  # in order, as here
-        for number, task in enumerate(tasks)
-    }
-    for future in as_completed(list(futures), loop=client.loop):
+    here, numbers = surroundings(), itertools.count()
+    futures, told = {}, set()
+
+    def submit(task, **options):
+        options["priority"] = -next(numbers)  # in order, as here
+        future = client.submit(_there, here, function, task, pure=False, **options)
+        futures[future] = task
+        return future
+
+    waiting = as_completed([submit(task) for task in tasks], loop=client.loop)
+    for future in waiting:
+        task = futures.pop(future)
         try:
             found = future.result()
+        except StrangeWorker as error:
+            alike = [worker for worker, there in _surroundings_of(client).items() if there == here]
+            if alike:
+                if str(error) not in told:
+                    logger.warning("%s Its tasks go to others.", error)
+                told.add(str(error))
+                time.sleep(_SECONDS_TO_REFUSE_AGAIN)  # Dask may let an idle worker steal it once more
+                waiting.add(submit(task, workers=alike, allow_other_workers=True))
+                continue
+            found = error
         except Exception as error:  # whatever it was, it is the caller's to tell
             found = error
-        yield futures[future], found
+        future.release()  # what a lost worker had delivered is not done again
+        yield task, found
+
+
+def _surroundings_of(client) -> dict:
+    return client.run(surroundings, on_error="return")
 
 
 @contextlib.contextmanager
@@ -126,7 +163,10 @@ def cluster(address: str) -> Iterator:
         from dask.distributed import Client
     except ImportError as error:
         raise ImportError("a cluster needs Dask: pip install 'kerasmed[cluster]', on every machine.") from error
+    if not _ADDRESS.fullmatch(address):
+        raise ConnectionError(f"{address!r} is no address of a Dask scheduler; write it as it says, tcp://HOST:8786.")
     try:
+        _refuse_silent(address)
         client = Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ConnectionError(
@@ -138,37 +178,48 @@ def cluster(address: str) -> Iterator:
             client.wait_for_workers(1, timeout=_SECONDS_TO_CONNECT)
         except TimeoutError as error:
             raise ConnectionError(f"{address} has no worker; start some with `dask worker {address}`.") from error
-        here = surroundings()
-        for worker, there in client.run(surroundings, on_error="return").items():
-            _refuse_strange(here, there, worker)
+        for worker, there in _surroundings_of(client).items():
+            _refuse_strange(surroundings(), there, worker)
         yield client
+
+
+def _refuse_silent(address: str) -> None:
+    """Raise OSError where something else listens, for whose greeting Dask would wait for ever: its servers begin."""
+    kind, place = address.rstrip("/").split("://")
+    if kind == "tcp":
+        host, port = place.rsplit(":", 1)
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_CONNECT) as link:
+            if not link.recv(1):
+                raise ConnectionError("it closed the connection")
 
 
 def surroundings() -> dict[str, str]:
     """Say what a worker must have in common with the command: sources, and where files are."""
-    roots = {"project": paths.project_root(), "data": paths.data_root(), "models": paths.models_root()}
-    return {
-        "sources": runs.sources_hash("")[:12],
-        **{name: str(root) for name, root in {**roots, "cache": paths.cache_root()}.items()},
-    }
+    roots = {"data": paths.data_root(), "models": paths.models_root(), "cache": paths.cache_root()}
+    # What parameters name by relative paths is looked for from the working directory.
+    roots |= {"project": paths.project_root(), "folder": os.getcwd()}
+    return {"sources": _SOURCES, **{name: str(root) for name, root in roots.items()}}
 
 
 def _refuse_strange(here: dict, there, worker: str) -> None:
     if isinstance(there, BaseException):
-        raise ConnectionError(
+        raise StrangeWorker(
             f"worker {worker} cannot use kerasmed ({type(there).__name__}: {there}); install the same version there."
         )
     other = [f"{name} {there[name]}, here {here[name]}" for name in here if there[name] != here[name]]
     if other:
-        raise ConnectionError(
-            f"worker {worker} is unlike this command: {'; '.join(other)}. Start workers with the same sources, in the "
-            "same folder and with the same $KERASMED_DATA, $KERASMED_MODELS and $KERASMED_CACHE, on a disk they share."
+        raise StrangeWorker(
+            f"worker {worker} is unlike this command: {'; '.join(other)}. Start workers in the same folder, with the "
+            "same $KERASMED_DATA, $KERASMED_MODELS and $KERASMED_CACHE, on a disk that all share, and anew where "
+            "sources have changed."
         )
 
 
 def _there(here: dict, function: Callable, task: tuple):
     """Do a task on a worker."""
-    _refuse_strange(here, surroundings(), "that came later")
+    from dask.distributed import get_worker
+
+    _refuse_strange(here, surroundings(), get_worker().address)
     # A task that waited for the cluster whose slot it holds could wait for ever.
     os.environ.pop(SCHEDULER, None)
     return function(*task)

@@ -52,7 +52,7 @@ def position(folder: Path, since: float) -> Position | None:
 def _read(path: Path, since: float) -> dict | None:
     try:
         return runs.read_json(path) if path.stat().st_mtime >= since else None
-    except FileNotFoundError:  # it is there only while there is something to tell
+    except (OSError, ValueError):  # it is there only while there is something to tell; a shared disk may stumble
         return None
 
 
@@ -141,6 +141,6 @@ def _bars(folders, labels, file) -> _Display:
             bars.remove_task(of_run.pop(number))
         bars.advance(whole)
         bars.update(whole, where=f"{int(bars.tasks[0].completed)} of {len(folders)}")
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     return _Display(bars, move, end)

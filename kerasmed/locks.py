@@ -12,6 +12,7 @@ from pathlib import Path
 
 import filelock
 
+_SECONDS_TO_ASK = 0.06  # one who only asks has the lock for a moment; filelock tries every 0.05
 logger = logging.getLogger(__name__)
 
 
@@ -37,6 +38,11 @@ def acquire(path: Path, *, wait: float | None = None) -> filelock.BaseFileLock:
         lock.acquire(timeout=-1 if wait is None else wait)
     except filelock.Timeout as error:
         raise Busy(f"another process is at work on {path}.") from error
+    except PermissionError as error:
+        raise PermissionError(
+            f"cannot open {_file(path)}: {error.strerror}; where several users share runs or caches, they need a group "
+            "of their own and umask 002."
+        ) from error
     return lock
 
 
@@ -64,7 +70,7 @@ def is_held(path: Path) -> bool:
     if not _file(path).exists():
         return False
     try:
-        acquire(path, wait=0).release()
+        acquire(path, wait=_SECONDS_TO_ASK).release()
     except (Busy, OSError):
         return True
     return False

@@ -32,6 +32,7 @@ _ARROW = re.compile(r"^-+> *(\d+) (.*)")
 
 SOON = 1.0  # seconds that another command may take to let go of a run it only looked at
 _TAIL_LINES = 8
+_FORCED = ".forced"  # of a run folder: the word that it was emptied for
 
 
 class Parameter(NamedTuple):
@@ -66,6 +67,7 @@ class Placed(NamedTuple):
     parameters: Mapping
     folder: Path
     data_source: str  # "real" or "synthetic"
+    fingerprint: str  # of the data
 
 
 def names() -> list[str]:
@@ -151,7 +153,7 @@ def resolve(notebook: Notebook, *, profile: str, given: Mapping) -> dict:
     if not path.is_file():
         raise ValueError(f"profile {profile!r} has no values for {notebook.name}; write {path} (it may be empty).")
     from_profile = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    for origin, values in ((path.name, from_profile), ("-p", given)):
+    for origin, values in ((path.name, from_profile), ("given", given)):
         for name, value in values.items():
             if name not in notebook.parameters:
                 raise ValueError(
@@ -200,7 +202,7 @@ def place(notebook: Notebook, parameters: Mapping) -> Placed:
         found["profile"] = parameters["profile"]
         parameters = {**parameters, "from_run": str(runs.find(system, notebook.needs, **found))}
     folder = runs.folder(system, notebook.name, parameters, fingerprint, models_root=models_root)
-    return Placed(notebook, dict(parameters), folder, source.kind)
+    return Placed(notebook, dict(parameters), folder, source.kind, fingerprint)
 
 
 def run(
@@ -218,7 +220,7 @@ def run(
 def execute(
     placed: Placed,
     *,
-    force: bool = False,
+    force: bool | str = False,
     timeout: int | None = None,
     wait: float | None = SOON,
     shown: bool = True,
@@ -231,7 +233,8 @@ def execute(
 
     Args:
         placed: from `place`.
-        force: empty the folder first.
+        force: empty the folder first. A word instead of True: only if it was not emptied for this word before, so that
+            an execution that is begun again elsewhere, after its machine was lost, goes on.
         timeout: seconds that one cell may take; None for any.
         wait: seconds to wait for another process that is at work on the same run; None for as long as it takes.
         shown: whether what the notebook prints is passed on as it comes.
@@ -242,7 +245,7 @@ def execute(
     Raises:
         Busy: another process is at work on the run.
         RuntimeError: the notebook failed, its kernel died, or a cell took too long. The text says where and why; the
-            run's status is "failed".
+            run's status is "failed". Or sources or folders are not those that the execution was placed by.
         OSError: the models root cannot be written to.
     """
     folder = placed.folder
@@ -251,11 +254,14 @@ def execute(
     except OSError as error:
         raise OSError(f"cannot make {folder}: {error.strerror}; choose another folder with --models-root.") from error
     with runs.reserved(folder, wait=wait):
-        if not force and runs.status(folder)["status"] == "complete":
+        emptied = isinstance(force, str) and _text_of(folder / _FORCED) == force
+        if (not force or emptied) and runs.status(folder)["status"] == "complete":
             return False
-        if force:
+        _refuse_moved(placed)
+        if force and not emptied:
             shutil.rmtree(folder)
             folder.mkdir()
+            (folder / _FORCED).write_text(str(force), encoding="utf-8")
         for half_written in folder.rglob(".*.tmp.*"):  # what a killed process left
             half_written.unlink()
         system = placed.notebook.system_of(placed.parameters)
@@ -265,9 +271,11 @@ def execute(
         try:
             _papermill(placed, timeout, shown)
         except (Exception, KeyboardInterrupt) as error:  # whatever ended the notebook ends this run, and no other
-            reason = _reason(error)
-            runs.set_status(folder, "failed", error=reason)
-            if isinstance(error, KeyboardInterrupt):
+            stopped = isinstance(error, KeyboardInterrupt)
+            reason = "stopped by the keyboard" if stopped else _reason(error, folder)
+            with contextlib.suppress(OSError):  # of a full disk; the notebook's own error says more
+                runs.set_status(folder, "interrupted" if stopped else "failed", error=reason)
+            if stopped:
                 raise
             tail = "".join(f"\n  | {line}" for line in _tail(error))
             raise RuntimeError(f"{reason}{tail}\n  executed notebook: {folder / 'notebook.ipynb'}") from error
@@ -276,12 +284,30 @@ def execute(
                 left.unlink()
             _write_page(folder)
         if runs.status(folder)["status"] != "complete":
-            runs.set_status(folder, "failed", error="ended without `runs.finish` or `runs.summarize`")
+            reason = "ended without `runs.finish` or `runs.summarize`"
+            runs.set_status(folder, "failed", error=reason)
             raise RuntimeError(
-                f"{placed.notebook.name} ended without `runs.finish` or `runs.summarize` on {folder}; its last cell "
-                "must write the metrics, or the summary."
+                f"{placed.notebook.name} {reason} on {folder}; its last cell must write the metrics, or the summary. "
+                "(Or a source was changed just when it began.)"
             )
     return True
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _refuse_moved(placed: Placed) -> None:
+    """Raise where the kernel would write another folder than the one that was promised."""
+    parameters = placed.parameters
+    options = {"models_root": parameters["models_root"]}
+    system = placed.notebook.system_of(parameters)
+    now = runs.folder(system, placed.notebook.name, parameters, placed.fingerprint, **options)
+    if now != placed.folder:
+        raise RuntimeError(
+            f"the run would go to {now}, no longer to {placed.folder}: a source or the notebook has changed since this "
+            "command began, or a worker has other folders; give the command again."
+        )
 
 
 def _papermill(placed: Placed, timeout: int | None, shown: bool) -> None:
@@ -343,13 +369,18 @@ def _kernel_config():
 
 @contextlib.contextmanager
 def _kept(path: Path):
-    """Yield a temporary name and rename it to `path` afterwards, failed or not: the executed notebook is kept."""
+    """Yield a temporary name and rename it to `path` afterwards, failed or not: the executed notebook is kept.
+
+    One that was cut off while it was written is not.
+    """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
     finally:
-        if temporary.exists():
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            runs.read_json(temporary)
             os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)
 
 
 def _trace(error: BaseException) -> list[str]:
@@ -365,15 +396,19 @@ def _tail(error: BaseException) -> list[str]:
     return [line for line in _trace(error) if line.strip() and not line.startswith(heads)][-_TAIL_LINES:]
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, folder: Path) -> str:
     """Say in a few lines which cell failed and why."""
-    if hasattr(error, "evalue"):
-        where = f"cell {error.cell_index + 1} (In [{error.exec_count}])" if hasattr(error, "exec_count") else "a cell"
+    if hasattr(error, "exec_count"):
         arrows = [match for line in _trace(error) if (match := _ARROW.match(line))]
         at = f"\n  at line {arrows[0][1]}: {arrows[0][2].strip()}" if arrows else ""
-        return f"{where}: {error.ename}: {error.evalue}{at}"
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+        return f"cell {error.cell_index + 1} (In [{error.exec_count}]): {error.ename}: {error.evalue}{at}"
+    text = (str(error).strip().splitlines() or ["no message"])[0]
+    hint = "; was it short of memory?" if type(error).__name__ == "DeadKernelError" else ""
+    try:
+        where = f"cell {runs.read_json(folder / runs.PROGRESS)['cell']}: "
+    except FileNotFoundError:  # before the first cell
+        where = ""
+    return f"{where}{type(error).__name__}: {text}{hint}"
 
 
 def quickest_first(notebooks: Sequence[Notebook], profile: str) -> list[Notebook]:

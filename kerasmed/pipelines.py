@@ -91,11 +91,10 @@ def decode(
     options = dict(read_options or {})
     image_paths = manifest["image_path"].tolist()
     target = paths.cache_root() / _store_fingerprint(image_paths, root, image_size, options)
-    if target.exists() and pd.read_csv(target / "quarantine.csv")["reason"].str.startswith(_SYSTEM_REFUSED).any():
-        shutil.rmtree(target)  # the cause may be gone, and no file shows it
-    if not target.exists():
+    if not _is_whole(target):
         with locks.held(target):
-            if not target.exists():  # another process may have made it meanwhile
+            if not _is_whole(target):  # another process may have made it meanwhile
+                shutil.rmtree(target, ignore_errors=True)
                 _build(target, image_paths, root, image_size, options, jobs, progress)
     quarantine = pd.read_csv(target / "quarantine.csv")
     if len(quarantine) > max_quarantined_share * len(manifest):
@@ -114,6 +113,15 @@ def decode(
         quarantine,
         target,
     )
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether a store is there, and no file is worth another try: what the system refused, it may give now."""
+    try:
+        reasons = pd.read_csv(target / "quarantine.csv")["reason"]
+    except FileNotFoundError:
+        return False
+    return not reasons.str.startswith(_SYSTEM_REFUSED).any()
 
 
 def _store_fingerprint(image_paths, root, image_size, options) -> str:

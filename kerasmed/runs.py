@@ -198,7 +198,8 @@ def start(
     """
     run = folder(system, notebook, parameters, fingerprint, models_root=models_root)
     state = status(run)
-    if locks.is_held(run) and (state.get("host"), state.get("pid")) != (_host_hash(), os.getppid()):
+    mine = state.get("host") == _host_hash() and state.get("pid") in (os.getpid(), os.getppid())
+    if locks.is_held(run) and not mine:
         raise locks.Busy(_busy(run))  # by a command that has not started this kernel
     _hold(run)
     (run / "figures").mkdir(parents=True, exist_ok=True)
@@ -320,7 +321,7 @@ def finish(
         chosen_by: metric, split and value that runs may be chosen by, such as of a sweep: never of the test split.
 
     Returns:
-        What was written.
+        What was written; `chosen_by` with `images`, a hash of its split in split.csv, or None without one.
 
     Raises:
         ValueError: no headline, a headline value that is not finite or has no baseline, an undefined row without a
@@ -342,7 +343,7 @@ def finish(
         raise ValueError(f"`chosen_by` is {dict(chosen_by)}; expected a finite value of a split that is not the test.")
     content = {
         "data_source": read_json(run / "environment.json")["data_source"],
-        "chosen_by": chosen_by,
+        "chosen_by": chosen_by and {**chosen_by, "images": _images_of(run, chosen_by["split"])},
         "headline": [_without_draws(row) for row in headline],
         "rows": [_without_draws(row) for row in rows],
         "weights": {path.relative_to(run).as_posix(): file_hash(path) for path in sorted(run.rglob("*.keras"))},
@@ -353,6 +354,15 @@ def finish(
     set_status(run, "complete")
     _let_go()
     return content
+
+
+def _images_of(run: Path, split: str) -> str | None:
+    """Hash the rows of a split in split.csv: values of runs with other ones are of other images."""
+    if not (run / "split.csv").exists():
+        return None
+    lines = pd.read_csv(run / "split.csv", dtype=str, keep_default_na=False).query("split == @split")
+    told = lines.to_csv(index=False).encode()
+    return hashlib.sha256(told).hexdigest()[:16] if len(lines) else None
 
 
 def _without_draws(row: Mapping) -> dict:

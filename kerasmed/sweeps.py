@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import reprlib
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from kerasmed import collection, fanout, locks, notebooks
+from kerasmed import fanout, locks, notebooks
 from kerasmed.metrics import LOWER_IS_BETTER
 from kerasmed.notebooks import Notebook, Placed, parse_value
 
@@ -65,17 +66,18 @@ def execute(
         placed: position -> an execution.
         jobs: executions at once on this machine; they share its cores and its GPU.
         scheduler: address of a Dask scheduler, such as "tcp://HOST:8786", whose workers execute instead, each as many
-            at once as it has threads. Where a worker dies, another one goes on with its run.
+            at once as it has threads. Where a worker dies, another one goes on with its run, also with `force`.
         force, timeout: as in `kerasmed.notebooks.execute`.
 
     Raises:
         ImportError, ConnectionError: as of `kerasmed.fanout.cluster`.
     """
+    word = uuid.uuid4().hex if force else ""
     if scheduler:
         with fanout.cluster(scheduler) as client:
-            yield from _in_two_passes(functools.partial(_on_cluster, client), placed, force, timeout)
+            yield from _in_two_passes(functools.partial(_on_cluster, client), placed, word, timeout)
     else:
-        yield from _in_two_passes(functools.partial(fanout.on_threads, jobs, _execute), placed, force, timeout)
+        yield from _in_two_passes(functools.partial(fanout.on_threads, jobs, _execute), placed, word, timeout)
 
 
 def _in_two_passes(do, placed, force, timeout) -> Iterator[Outcome]:
@@ -95,7 +97,7 @@ def _on_cluster(client, tasks) -> Iterator[Outcome]:
         yield outcome
 
 
-def _execute(position: int, placed: Placed, force: bool, timeout: int | None, wait: float | None) -> Outcome:
+def _execute(position: int, placed: Placed, force: str, timeout: int | None, wait: float | None) -> Outcome:
     try:
         executed = notebooks.execute(placed, force=force, timeout=timeout, wait=wait, shown=False)
     except locks.Busy:
@@ -178,7 +180,7 @@ def labels(tried: Sequence[Mapping]) -> list[str]:
     return [", ".join(f"{name}={given[name]}" for name in telling) for given in tried]
 
 
-def sweep_table(tried: Sequence[Mapping], done: Mapping[int, Path], failed: Mapping[int, str]) -> pd.DataFrame:
+def sweep_table(tried: Sequence[Mapping], done: Mapping[int, pd.DataFrame], failed: Mapping[int, str]) -> pd.DataFrame:
     """Join the headlines of a sweep's runs into one table, best validation value first, failed ones last.
 
     Runs are ordered by what each says it may be chosen by, on validation, in that metric's own direction; test figures
@@ -186,7 +188,7 @@ def sweep_table(tried: Sequence[Mapping], done: Mapping[int, Path], failed: Mapp
 
     Args:
         tried: parameters that each run was given.
-        done: complete runs, position in `tried` -> folder.
+        done: complete runs, position in `tried` -> table of `kerasmed.collection.collect`, as read when it was done.
         failed: position in `tried` -> error, the first line of which is kept.
 
     Returns:
@@ -202,12 +204,12 @@ def sweep_table(tried: Sequence[Mapping], done: Mapping[int, Path], failed: Mapp
             records.append({**record, "validation": math.nan, "status": "failed", "error": error, "run": ""})
             best_first.append(math.inf)
         elif position in done:
-            table = collection.collect(done[position])
+            table = done[position]
             found = _figures(table)
             figures |= dict.fromkeys(found)
             validation, metric = table[["validation", "chosen_metric"]].iloc[0]
             best_first.append(validation if metric in LOWER_IS_BETTER else -validation)
-            run = {"status": "complete", "error": "", "run": done[position].name}
+            run = {"status": table["status"].iloc[0], "error": "", "run": table["run"].iloc[0]}
             records.append({**record, "validation": validation, **found, **run})
     columns = [*(tried[0] if tried else ()), "validation", *figures, "status", "error", "run"]
     table = pd.DataFrame(records, columns=columns).astype({"validation": float})

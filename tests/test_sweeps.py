@@ -14,7 +14,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from kerasmed import fanout, notebooks, paths, pipelines, runs, sweeps
+from kerasmed import collection, fanout, notebooks, paths, pipelines, runs, sweeps
 from kerasmed.cli import main
 from kerasmed.datasets import brain
 from kerasmed.parameters import names_of
@@ -95,6 +95,7 @@ def test_sweep_runs_every_point_and_ends_in_one_table_by_validation(project, tmp
         (["--grid", "data_root='a','b'", "--data-root", "c"], "data_root is given both as"),
         (["--grid", "epochs=1", "--grid", "epochs=2"], "epochs is given in 2 --grid; write all its values in one"),
         (["--grid", "epochs=1,2", "--out", "."], "is a directory"),
+        (["--grid", "models_root=a,b"], "models_root says where runs go, not what they compute"),
     ],
 )
 def test_sweep_refuses_every_typo_before_the_first_run(project, arguments, message):
@@ -113,7 +114,7 @@ def test_sweep_refuses_every_typo_before_the_first_run(project, arguments, messa
         ("3: [1]\n", "holds {3: [1]}; expected a YAML mapping"),
         ("epochs: [1, 2", "cannot be read as YAML: while parsing a flow sequence"),
         ("epochs: 3\n", "the grid gives epochs as 3; expected a list of values to try"),
-        ("rate: [1e-3]\n", "'rate' (-p) of 10_tiny is '1e-3'; expected float"),
+        ("rate: [1e-3]\n", "'rate' (given) of 10_tiny is '1e-3'; expected float"),
         ("epochs: [1, 2]\nsure: [true]\n", "sure is given both as False"),
     ],
 )
@@ -163,11 +164,12 @@ def _complete(folder, value, ci95, baseline=0.1):
 
 
 def test_sweep_table_null_intervals_failures_and_order(tmp_path):
-    done = {
+    folders = {
         1: _complete(tmp_path / "one", 0.25, None),
         2: _complete(tmp_path / "two", 0.75, [None, None], baseline=None),
         3: _complete(tmp_path / "three", 0.5, [0.25, 1]),
     }
+    done = {number: collection.collect(folder) for number, folder in folders.items()}
     tried = sweeps.points({"tasks": [["a"]], "epochs": [1, 2, 3, 4, 5]})
     table = sweeps.sweep_table(tried, done, {0: "no data\nat all", 4: ""})
     assert table["epochs"].tolist() == ["3", "4", "2", "1", "5"]
@@ -176,10 +178,7 @@ def test_sweep_table_null_intervals_failures_and_order(tmp_path):
     assert table["error"].tolist() == ["", "", "", "no data", "no message"]
     shown = sweeps.shown_of_sweep(table, ["tasks", "epochs"])
     assert list(shown) == ["epochs", "validation", "t all f1", "t all f1 95 %", "status"]
-    for run in done.values():
-        content = runs.read_json(run / "metrics.json")
-        content["chosen_by"]["metric"] = "weighted_log_loss"
-        runs.write_json(run / "metrics.json", content)
+    done = {number: table.assign(chosen_metric="weighted_log_loss") for number, table in done.items()}
     assert sweeps.sweep_table(tried, done, {0: "no data", 4: ""})["epochs"].tolist() == ["2", "4", "3", "1", "5"]
     nothing = sweeps.sweep_table(tried[:1], {}, {0: "no data"})
     assert list(nothing) == ["tasks", "epochs", "validation", "status", "error", "run"]
@@ -296,31 +295,27 @@ def test_sweep_two_at_once_share_the_work(project):
 
 @pytest.fixture
 def cluster(project):
-    """A Dask scheduler and two workers, started from the shell; its address, and the workers' processes."""
+    """A Dask scheduler and two workers, started from the shell: its address, their processes, how to start more."""
     pytest.importorskip("distributed")
     dask = [sys.executable, "-m", "dask"]
     started = []
 
-    def start(*arguments):
-        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-        started.append(subprocess.Popen([*dask, *arguments], **options))
+    def start(*arguments, **environment):
+        with open(f"dask {len(started)}.log", "w") as log:
+            options = {"stderr": log, "start_new_session": True, "env": os.environ | environment}
+            started.append(subprocess.Popen([*dask, *arguments], **options))
         return started[-1]
+
+    def start_worker(name, **environment):
+        return start("worker", address, *options, "--name", name, **environment)
 
     file = Path("scheduler.json").resolve()
     start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file))
     _wait(file.exists)
     address = json.loads(file.read_text())["address"]
-    options = (
-        "--nthreads",
-        "1",
-        "--no-dashboard",
-        "--host",
-        "127.0.0.1",
-        "--local-directory",
-        str(file.parent / "spill"),
-    )
-    workers = [start("worker", address, *options, "--no-nanny", "--name", name) for name in "ab"]
-    yield address, workers
+    options = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1")
+    options += ("--local-directory", str(file.with_name("spill")))
+    yield address, [start_worker(name) for name in "ab"], start_worker
     for process in started:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -329,7 +324,7 @@ def cluster(project):
 @pytest.mark.slow
 def test_sweep_on_a_cluster_loses_neither_a_killed_command_nor_a_killed_worker(project, cluster):
     project(HELD + SWEPT)
-    address, workers = cluster
+    address, workers, start_worker = cluster
 
     def two_begin(gone):
         _wait(lambda: sum(bool(_began(point)) for point in range(1, 7)) == len(gone) + 2)
@@ -348,12 +343,29 @@ def test_sweep_on_a_cluster_loses_neither_a_killed_command_nor_a_killed_worker(p
     _wait(lambda: set(_complete_now()) == (one | two) - {4})
     before = _complete_now()
     lost, *_ = three - {4}
-    (victim,) = [worker for worker in workers if psutil.Process(_began(lost)[0]).ppid() == worker.pid]
+    start_worker("c", KERASMED_CACHE="elsewhere")
+    _wait(lambda: "Registered to" in Path("dask 3.log").read_text())  # idle, but unlike the command: of no use
+    (kernel,) = _began(lost)
+    (victim,) = [worker for worker in workers if psutil.Process(kernel).ppid() == worker.pid]
     victim.kill()
+    _wait(lambda: not psutil.pid_exists(kernel))
     _check_second_call(second, before)
     assert {point: len(_began(point)) for point in range(1, 7) if point != 4} == {
         point: 2 if point == lost else 1 for point in range(1, 7) if point != 4
     }
+
+
+@pytest.mark.slow
+def test_sweep_stopped_by_the_keyboard_writes_what_is_done_and_says_how_to_go_on(project):
+    project(HELD + SWEPT)
+    _go(1, 2)
+    # A shell's background jobs, as tests may be, are deaf to this signal.
+    process = _command("--jobs", "2", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    _wait(lambda: set(_complete_now()) == {1, 2} and _began(3) and _began(4))
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "stopped; the same command does the rest\n" in output, output
+    assert pd.read_csv("sweep-10_tiny.csv")["epochs"].tolist() == [2, 1]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ COLLECTED = (
     *("baseline", "baseline_value", "difference", "difference_low", "difference_high", "error", "folder"),
     *("system", "notebook", "profile", "split", "n", "n_groups", "finished", "flags"),
     # What a comparison of runs needs.
-    *("row", "paired_by", "fingerprint", "chosen_metric", "chosen_split", "parameters"),
+    *("row", "paired_by", "fingerprint", "chosen_metric", "chosen_split", "chosen_images", "parameters"),
 )
 # Those of them that a terminal has room for.
 SHOWN = (
@@ -78,8 +78,9 @@ def collect(models_root=None) -> pd.DataFrame:
     Returns:
         DataFrame with the columns `COLLECTED`, newest run last; the difference is to the strongest baseline,
         `validation` is the value that a run may be chosen by (NaN where it gives none), in `chosen_metric` of
-        `chosen_split`, and `flags` joins texts of `FLAGS` by "; ". `row` is the position among the run's headline, by
-        which `read_draws` has its draws; `paired_by` is None where there are none. `parameters` is a dict.
+        `chosen_split`, whose images `chosen_images` tells from others (None where the run does not say), and `flags`
+        joins texts of `FLAGS` by "; ". `row` is the position among the run's headline, by which `read_draws` has its
+        draws; `paired_by` is None where there are none. `parameters` is a dict.
     """
     top = paths.models_root(models_root)
     found = {path.parent for depth in ("", "*/", "*/*/") for path in top.glob(f"{depth}status.json")}
@@ -151,12 +152,35 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
 def _state(run: Path) -> dict:
     """Read a run's status, whatever its file holds."""
     try:
-        state = status(run)
-        if not isinstance(state["status"], str):
-            raise TypeError(f"`status` is {state['status']!r}")
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError) as error:
-        return {"status": "unreadable", "error": f"status.json: {type(error).__name__}: {error}"}
-    return state
+        content = _mapping(run / "status.json")
+        if "status" not in content:
+            raise ValueError("it has no `status`")
+        if not isinstance(content["status"], str):
+            raise ValueError(f"its `status` is {_kind(content['status'])}, no text")
+        return status(run)
+    except ValueError as error:
+        return {"status": "unreadable", "error": f"status.json: {error}"}
+    except OSError as error:
+        return {"status": "unreadable", "error": f"status.json: {error.strerror}"}
+
+
+def _mapping(path: Path) -> dict:
+    """Read a JSON file that holds a mapping; of another content a ValueError says in words what it is."""
+    try:
+        content = read_json(path)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"it is no JSON: {error}" if path.stat().st_size else "it is empty") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {_kind(content)}, no mapping")
+    return content
+
+
+def _kind(value) -> str:
+    """Name the kind of a JSON value."""
+    kinds = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
 
 
 def _records(run: Path, state: Mapping) -> list[dict]:
@@ -237,17 +261,15 @@ def _as_text(value) -> str | None:
 def _read(path: Path, flags: list[str], *, needed: bool) -> dict | None:
     """Read a JSON file that holds a mapping; where it does not, add a flag and return None."""
     try:
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, no mapping")
+        return _mapping(path)
     except FileNotFoundError:
         if needed:
             flags.append(_flag(MISSING, path.name))
-        return None
-    except (OSError, ValueError, RecursionError) as error:
+    except ValueError as error:
         flags.append(_flag(DAMAGED, f"{path.name} ({error})"))
-        return None
-    return content
+    except OSError as error:
+        flags.append(_flag(DAMAGED, f"{path.name} ({error.strerror})"))
+    return None
 
 
 def _status_flags(common: Mapping) -> list[str]:
@@ -264,7 +286,7 @@ def _weights_flags(run: Path, content: Mapping) -> list[str]:
     """Compare the models that lie in a run with those that its metrics were measured with; name the first other one."""
     measured = content.get("weights")
     if not isinstance(measured, dict | None):
-        raise ValueError(f"`weights` is a {type(measured).__name__}, no mapping")
+        raise ValueError(f"`weights` is {_kind(measured)}, no mapping")
     there = {path.relative_to(run).as_posix(): path for path in run.rglob("*.keras") if not path.name.startswith(".")}
     kind = OLD_METRICS if measured is None else OTHER_WEIGHTS
     for name in sorted({*there, *(measured or ())}):
@@ -288,6 +310,7 @@ def _chosen_by(content: Mapping) -> dict:
         "validation": _number(chosen_by, "value"),
         "chosen_metric": _text(chosen_by, "metric"),
         "chosen_split": _text(chosen_by, "split"),
+        "chosen_images": _text(chosen_by, "images"),
     }
 
 

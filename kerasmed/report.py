@@ -1,13 +1,14 @@
 """The report on all runs: which is best at each question, how surely, and what is wrong with which.
 
-Runs of one notebook that answer one question on one split form a block. They are ordered by validation, and compared
-with the first of them on the same bootstrap draws where both were tested on the same groups of the same data.
+Runs of one notebook and profile on the same data that answer one question on one split form a block. They are ordered
+by validation, and compared with the first of them on the same bootstrap draws where both have the same test groups.
 """
 
 import base64
 import html
 import io
 import os
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,29 +23,21 @@ from kerasmed.metrics import LOWER_IS_BETTER, interval
 from kerasmed.plots import COLOURS, panels
 from kerasmed.runs import LOCATION_PARAMETERS, whole, write_table
 
-# What makes figures answers to one question; drawn and real images are two.
-QUESTION = ("system", "notebook", "data_source", "task", "metric", "label", "split")
+# What the runs of a block have in common, and with it what makes figures answers to one question: few images, or
+# others, are not the same one.
+_KIND = ("system", "notebook", "profile", "data_source", "fingerprint")
+QUESTION = (*_KIND, "task", "metric", "label", "split")
 RANKED = (
     *QUESTION,
-    *(
-        "ordered_by",
-        "rank",
-        "run",
-        "parameters",
-        "variant",
-        "validation",
-        "value",
-        "ci_low",
-        "ci_high",
-        "n",
-        "n_groups",
-    ),
+    *("ordered_by", "same_validation", "rank", "run", "parameters", "variant", "validation"),
+    *("value", "ci_low", "ci_high", "n", "n_groups"),
     *("difference_to_best", "difference_to_best_low", "difference_to_best_high", "comparison"),
     *("baseline", "baseline_value"),
     *("difference_to_baseline", "difference_to_baseline_low", "difference_to_baseline_high", "verdict"),
-    *("trusted", "flags", "chosen_metric", "chosen_split", "folder"),
+    *("trusted", "flags", "chosen_metric", "chosen_split", "chosen_images", "folder"),
 )
 BEST, PAIRED = "best", "paired"  # of `comparison`, which otherwise says why a run is not compared with the best
+NOT_KNOWN = "data not known"
 BEATS, LEVEL, WORSE = "beats the baseline", "not told apart from the baseline", "worse than the baseline"
 _DRAWN_RUNS, _LABEL_LETTERS, _ERROR_LETTERS = 40, 52, 4000
 
@@ -59,7 +52,7 @@ def rank(table: pd.DataFrame, *, metric: str | None = None) -> pd.DataFrame:
     figure itself: the best test figure of many is too good by chance. A run whose models are not those that were
     measured comes last and is never the best. The difference to the best is value − value of the best; its interval is
     the 2.5th to 97.5th percentile of the differences draw by draw, where both were drawn from the same groups
-    (`paired_by`) of the same data (fingerprint).
+    (`paired_by`). Runs of unknown data (no fingerprint) form blocks of their own, in which nothing is compared.
 
     Args:
         table: of `collection.collect`; draws are read from its folders.
@@ -67,9 +60,11 @@ def rank(table: pd.DataFrame, *, metric: str | None = None) -> pd.DataFrame:
 
     Returns:
         DataFrame with the columns `RANKED`, a row a run and variant with a figure, blocks one after the other, in each
-        the best first. `ordered_by` is "validation" or "test"; `parameters` is what tells a run from the others of its
-        block; `comparison` is `BEST`, `PAIRED` or why there is no difference; `verdict` says on which side of 0 the
-        interval of the difference to the baseline lies, "" where there is none or the run is not trusted.
+        the best first; what of `QUESTION` a run does not tell is "". `ordered_by` is "validation" or "test";
+        `same_validation` says whether the values that order a block are known to be of the same images; `parameters` is
+        what tells a run from the others of its block; `comparison` is `BEST`, `PAIRED` or why there is no difference;
+        `verdict` says on which side of 0 the interval of the difference to the baseline lies, "" where there is none or
+        the run is not trusted.
 
     Raises:
         ValueError: no run has a figure of `metric`; names those that there are.
@@ -83,9 +78,16 @@ def rank(table: pd.DataFrame, *, metric: str | None = None) -> pd.DataFrame:
     figures[list(QUESTION)] = figures[list(QUESTION)].astype(object).fillna("")
     draws = {folder: _draws(folder) for folder in figures.loc[figures["paired_by"].notna(), "folder"].unique()}
     blocks = [_ranked(block, draws) for _, block in figures.groupby(list(QUESTION), sort=False)]
-    blocks.sort(key=lambda block: tuple(block.iloc[0][["system", "notebook", "data_source"]]))
+    blocks.sort(key=_place)
     columns = list(RANKED)
     return pd.concat(blocks, ignore_index=True)[columns] if blocks else pd.DataFrame(columns=columns)
+
+
+def _place(block: pd.DataFrame) -> tuple:
+    """Where a block stands: real before synthetic data, and what is not known last."""
+    first = block.iloc[0]
+    told = (first[name] for name in ("data_source", "profile", "fingerprint"))
+    return first["system"], first["notebook"], *((text == "", text) for text in told)
 
 
 def _draws(folder: str) -> dict[int, np.ndarray]:
@@ -101,10 +103,12 @@ def _ranked(block: pd.DataFrame, draws: Mapping[str, Mapping[int, np.ndarray]]) 
     voters = block[block["trusted"]] if block["trusted"].any() else block
     one_scale = len(voters[["chosen_metric", "chosen_split"]].drop_duplicates()) == 1
     by_validation = bool(one_scale and voters["validation"].notna().all())
+    images = voters["chosen_images"].astype(object).fillna(voters["folder"])  # untold: unlike any other run's
     scale = voters["chosen_metric"].iloc[0] if by_validation else block["metric"].iloc[0]
     values = block["validation" if by_validation else "value"]
     block = block.assign(
         ordered_by="validation" if by_validation else "test",
+        same_validation=by_validation and images.nunique() == 1,
         goodness=-values if scale in LOWER_IS_BETTER else values,
         parameters=telling(block["parameters"].tolist()),
     )
@@ -133,10 +137,8 @@ def _to_best(row: Mapping, best: Mapping, draws: Mapping) -> tuple[float, float,
     own, of_best = (draws.get(each["folder"], {}).get(each["row"]) for each in (row, best))
     if pd.isna(row["paired_by"]) or pd.isna(best["paired_by"]) or own is None or of_best is None:
         return *none, "no draws"
-    if pd.isna(row["fingerprint"]) or pd.isna(best["fingerprint"]):
-        return *none, "data not known"
-    if row["fingerprint"] != best["fingerprint"]:
-        return *none, "other data"
+    if not row["fingerprint"]:
+        return *none, NOT_KNOWN
     if row["paired_by"] != best["paired_by"] or len(own) != len(of_best):
         return *none, "other test groups or draws"
     ends = interval(own - of_best)
@@ -186,7 +188,8 @@ def forest(block: pd.DataFrame, *, title: str) -> Figure:
         title: of the figure.
     """
     shown = block.head(_DRAWN_RUNS)
-    figure, axes = panels(8, 0.3 * len(shown) + 1.5)
+    # As narrow as a telephone shows it without making it small, so names stand above the intervals, not beside them.
+    figure, axes = panels(4.8, 0.42 * len(shown) + 1.5)
     axis, labels = axes[0, 0], []
     for place, (name, row) in enumerate(zip(_names(block), shown.to_dict("records"))):
         colour = COLOURS[3] if not row["trusted"] else COLOURS[2] if row["comparison"] == BEST else COLOURS[0]
@@ -196,11 +199,14 @@ def forest(block: pd.DataFrame, *, title: str) -> Figure:
         axis.plot(row["baseline_value"], place, "|", color=COLOURS[5], markersize=11, markeredgewidth=2)
         labels.append(f"{row['rank']}.  {_shortened(' '.join(name.split()), _LABEL_LETTERS)}")
     # A "$" in a name begins no formula.
-    axis.set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
+    places = np.arange(len(labels)) - 0.2
+    axis.set_yticks(places, labels, fontsize=9, parse_math=False, ha="left", va="bottom")
+    axis.tick_params(axis="y", length=0, pad=-4)
     lower = " (lower is better)" if block["metric"].iloc[0] in LOWER_IS_BETTER else ""
     axis.set_xlabel(f"{block['metric'].iloc[0].replace('_', ' ')}{lower}, 95 % interval over groups", parse_math=False)
-    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.set_ylim(len(labels) - 0.6, -0.9)
     axis.margins(x=0.08)
+    axis.locator_params(axis="x", nbins=6)
     axis.grid(axis="x", color="#e4e8ee", linewidth=0.7)
     axis.set_axisbelow(True)
     kinds = [("best", "o", COLOURS[2], None), ("other", "o", COLOURS[0], None)]
@@ -209,7 +215,7 @@ def forest(block: pd.DataFrame, *, title: str) -> Figure:
         axis.plot([], [], marker, color=colour, markerfacecolor=face, markeredgewidth=2, label=name)
     figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=4, frameon=False)
     left_out = f"\n{len(block) - len(shown)} of {len(block)} left out" if len(block) > len(shown) else ""
-    figure.suptitle("\n".join(textwrap.wrap(title, 100)) + left_out, fontsize=10, parse_math=False)
+    figure.suptitle("\n".join(textwrap.wrap(title, 60)) + left_out, fontsize=10, parse_math=False)
     if block["data_source"].iloc[0] == "synthetic":
         figure.text(1, 1.0, "synthetic data", ha="right", va="bottom", fontsize=9, color="firebrick")
     return figure
@@ -245,7 +251,6 @@ td,th{padding:.35em .9em .35em 0;text-align:left;vertical-align:top;border-botto
 th{color:var(--soft);font-weight:600;font-size:.9em;vertical-align:bottom}th,td{overflow-wrap:break-word}
 td.number{white-space:nowrap;font-variant-numeric:tabular-nums}td.text{min-width:15em;overflow-wrap:anywhere}
 td.flags,td.verdict{min-width:9em}
-@media(max-width:600px){td.text{min-width:11em}}
 tr.best td{background:var(--good)}tr.untrusted td{background:var(--bad)}
 td:first-child,th:first-child{padding-left:.5em}
 .mark{display:inline-block;padding:.1em .5em;margin:0 .3em .2em 0;border-radius:.3em;font-size:.85em;
@@ -253,9 +258,13 @@ background:var(--mark)}.mark.warns{background:var(--warn);color:var(--warntext)}
 .note{padding:.6em .9em;border-radius:.4em;background:var(--warn);color:var(--warntext)}
 .head{padding:.8em 1.1em;border-radius:.4em;font-size:1.1em;margin:1em 0;background:var(--mark)}
 pre{white-space:pre-wrap;margin:.3em 0;padding:.6em .8em;border-radius:.4em;background:var(--bad);font-size:.85em}
-figure{margin:.6em 0}figure img{display:block;width:100%;min-width:34em;max-width:56em;background:#fff;
-border-radius:.3em}
-@media print{body{max-width:none;font-size:10px}.wide{overflow:visible}figure img{min-width:0}
+figure{margin:.6em 0}figure img{display:block;width:36em;max-width:100%;background:#fff;border-radius:.3em}
+@media screen and (max-width:800px){thead{display:none}table,tbody,tr,td{display:block}
+tr{padding:.5em 0;border-bottom:1px solid var(--line)}tr.best{background:var(--good)}tr.untrusted{background:var(--bad)}
+td{display:flow-root;min-width:0!important;padding:.15em .5em .15em 11.2em;border:0}td.number{white-space:normal}
+td::before{content:attr(data-label);float:left;width:12em;margin-left:-12em;font-size:.89em;color:var(--soft)}
+td.title,td.rank{padding-left:.5em}td.title::before,td.rank::before{content:none}td.rank{float:left}td:empty{display:none}}
+@media print{body{max-width:none;font-size:10px}.wide{overflow:visible}
 figure,tr,pre{break-inside:avoid}h2,h3{break-after:avoid}}
 """
 # Nothing is fetched, nothing runs: what a run wrote cannot do more than stand there.
@@ -263,6 +272,10 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-ur
 _TOO_GOOD = (
     "Ordered by the test figure itself, as {why}: the best test figure of many is too good by chance. Choose by "
     "validation, and report the test figure of the one chosen."
+)
+_OTHER_IMAGES = (
+    "The validation figures {are} of different images, as with other seeds of the split, so that small differences in "
+    "order mean little."
 )
 _DIFFERENCES = (
     "Differences are the run's value minus that of the best, or of its baseline; their intervals, and those of values, "
@@ -284,9 +297,13 @@ def write_html(path: str | os.PathLike, table: pd.DataFrame, ranked: pd.DataFram
     each = table.drop_duplicates("folder").reset_index(drop=True)
     each = each.assign(told=_told(each), flags=each["folder"].map(_all_flags(table)))
     sections = ["<h1>Runs</h1>", _head(each), _failures(each, top)]
-    for (system, notebook), of_notebook in ranked.groupby(["system", "notebook"], sort=False):
-        sections.append(f"<h2>{_escaped(system)} · {_escaped(notebook)}</h2>")
-        sections += [_section(block, top) for _, block in of_notebook.groupby(list(QUESTION), sort=False)]
+    data_sets = ranked.groupby(["system", "notebook"])["fingerprint"].nunique()
+    for (system, notebook, profile, _, fingerprint), runs in ranked.groupby(list(_KIND), sort=False):
+        data = f"data {fingerprint[:6]}" if fingerprint else NOT_KNOWN
+        data = "" if fingerprint and data_sets[system, notebook] == 1 else data
+        about = " · ".join(filter(None, (notebook, profile, data)))
+        sections.append(f"<h2>{_named(system)} · {_named(about)}</h2>")
+        sections += [_section(block, about, top) for _, block in runs.groupby(list(QUESTION), sort=False)]
     if ranked.empty:
         sections.append("<h2>Ranking</h2><p>No complete run has a figure.</p>")
     else:
@@ -348,43 +365,52 @@ def _failing_cell(error) -> tuple[str, str]:
     return (cell, rest) if colon and cell.startswith("cell ") else ("", text)
 
 
-def _section(block: pd.DataFrame, top: Path) -> str:
+def _section(block: pd.DataFrame, about: str, top: Path) -> str:
     """Show one block: how it is ordered, its figure and its table."""
     first = block.iloc[0]
-    metric = first["metric"].replace("_", " ")
-    title = " · ".join(text for text in (first["task"], first["label"], metric, first["split"]) if text)
-    lower = first["metric"] in LOWER_IS_BETTER
-    if first["ordered_by"] == "validation":
-        scale = " ".join(text for text in (first["chosen_metric"], "of", first["chosen_split"]) if pd.notna(text))
-        direction = "lowest" if first["chosen_metric"] in LOWER_IS_BETTER else "highest"
-        order = f"<p>Ordered by validation ({_escaped(scale)}), {direction} first; the figures had no say.</p>"
-    else:
-        missing = block.loc[block["trusted"] | ~block["trusted"].any(), "validation"].isna().any()
-        why = "not every run has a validation value" if missing else "the runs' validation values are of several kinds"
-        order = f"<p class=note>{_TOO_GOOD.format(why=why)}</p>" if len(block) > 1 else ""
+    title = " · ".join(filter(None, (first["task"], first["label"], first["metric"].replace("_", " "), first["split"])))
     last = "" if block["trusted"].all() else "<p>Shaded red, and last: runs whose weights are not those measured.</p>"
-    picture = io.BytesIO()
-    about = f"{first['notebook']}: {title}"
-    forest(block, title=about).savefig(picture, format="png", dpi=140, bbox_inches="tight")
+    picture, about = io.BytesIO(), f"{about}: {title}"
+    forest(block, title=about).savefig(picture, format="png", dpi=180, bbox_inches="tight")
     data = base64.b64encode(picture.getvalue()).decode()
     heads = ["", "run", "value [95 %]", "validation", "to the best [95 %]", "baseline", "to the baseline [95 %]"]
-    body = "".join(_row(row, name, top) for row, name in zip(block.to_dict("records"), _names(block)))
+    rows = [_row(row, name, top) for row, name in zip(block.to_dict("records"), _names(block))]
     return (
-        f"<h3>{_escaped(title)}{' (lower is better)' if lower else ''}"
-        f"{' · synthetic data' if first['data_source'] == 'synthetic' else ''}</h3>{order}{last}"
-        f"<figure class=wide><img alt='Runs with intervals: {_escaped(about)}' src='data:image/png;base64,{data}'>"
-        f"</figure>{_table([*heads, 'verdict', 'flags'], body)}"
+        f"<h3>{_named(title)}{' (lower is better)' if first['metric'] in LOWER_IS_BETTER else ''}"
+        f"{' · synthetic data' if first['data_source'] == 'synthetic' else ''}</h3>{_order(block)}{last}"
+        f"<figure><img alt='Runs with intervals: {_escaped(about)}' src='data:image/png;base64,{data}'>"
+        f"</figure>{_table([*heads, 'verdict', 'flags'], rows)}"
     )
 
 
-def _row(row: Mapping, name: str, top: Path) -> str:
+def _order(block: pd.DataFrame) -> str:
+    """Say what a block is ordered by, and what its order is worth."""
+    first = block.iloc[0]
+    voters = block[block["trusted"] | ~block["trusted"].any()]
+    if first["ordered_by"] != "validation":
+        missing = voters["validation"].isna().any()
+        why = "not every run has a validation value" if missing else "the runs' validation values are of several kinds"
+        return f"<p class=note>{_TOO_GOOD.format(why=why)}</p>" if len(block) > 1 else ""
+    metric, split = ("" if pd.isna(first[name]) else first[name] for name in ("chosen_metric", "chosen_split"))
+    places = {"": "validation", "valid": "the validation split", "folds": "the folds"}
+    told = f"{metric.replace('_', ' ') or 'the value'} on {places.get(split, f'the split {split}')}"
+    direction = "lowest" if metric in LOWER_IS_BETTER else "highest"
+    no_say = f"; the {'test ' * first['split'].startswith('test')}figures shown had no say" * (first["split"] != split)
+    order = f"<p>Ordered by {_named(told)}, {direction} first{no_say}.</p>"
+    if first["same_validation"]:
+        return order
+    are = "are" if voters["chosen_images"].nunique() > 1 else "may be"
+    return f"{order}<p>{_OTHER_IMAGES.format(are=are)}</p>"
+
+
+def _row(row: Mapping, name: str, top: Path) -> tuple[str, list[tuple[str, str]]]:
+    """One row of a block's table: its class, and class and content of each cell."""
     to_best = _interval(row, "difference_to_best", "+") if row["comparison"] == PAIRED else row["comparison"]
     kind = "best" if row["comparison"] == BEST else "" if row["trusted"] else "untrusted"
     baseline = f"{row['baseline'] or ''} {row['baseline_value']:.3f}" if pd.notna(row["baseline_value"]) else ""
-    run = f"<b>{_escaped(name)}</b><br><span class=small>{_link(row, top)}</span>"
-    cells = [
-        ("number", str(row["rank"])),
-        ("text", run),
+    return kind, [
+        ("rank", str(row["rank"])),
+        ("text title", f"<b>{_named(name)}</b><br><span class=small>{_link(row, top)}</span>"),
         ("number", _interval(row, "value", "", "ci")),
         ("number", "" if pd.isna(row["validation"]) else f"{row['validation']:.3f}"),
         ("number" if row["comparison"] == PAIRED else "", _escaped(to_best)),
@@ -393,8 +419,6 @@ def _row(row: Mapping, name: str, top: Path) -> str:
         ("verdict", _escaped(row["verdict"])),
         ("flags" if row["flags"] else "", _marks(row["flags"])),
     ]
-    shown = "".join(f"<td class='{column}'>{cell}</td>" for column, cell in cells)
-    return f"<tr class='{kind}'>{shown}</tr>"
 
 
 def _explained(each: pd.DataFrame) -> str:
@@ -403,12 +427,11 @@ def _explained(each: pd.DataFrame) -> str:
         kind: sum(kind in {flag.split(": ")[0] for flag in flags.split("; ")} for flags in each["flags"])
         for kind in collection.FLAGS
     }
-    body = "".join(
-        f"<tr><td><span class='mark{' warns' if counts[kind] else ''}'>{kind}</span></td>"
-        f"<td class=number>{counts[kind]}</td><td>{collection.FLAGS[kind]}</td></tr>"
-        for kind in sorted(counts, key=lambda kind: counts[kind] == 0)
-    )
-    return f"<h2>Flags</h2>{_table(['flag', 'runs', 'what it means'], body)}"
+    rows = []
+    for kind in sorted(counts, key=lambda kind: counts[kind] == 0):
+        mark = f"<span class='mark{' warns' if counts[kind] else ''}'>{kind}</span>"
+        rows.append(("", [("title", mark), ("number", str(counts[kind])), ("title", collection.FLAGS[kind])]))
+    return f"<h2>Flags</h2>{_table(['flag', 'runs', 'what it means'], rows)}"
 
 
 def _places(each: pd.DataFrame, top: Path) -> str:
@@ -420,18 +443,19 @@ def _places(each: pd.DataFrame, top: Path) -> str:
         links = [_anchor(folder / notebook, top, notebook)] if notebook else []
         links += [_anchor(folder / "figures", top, "figures")] if (folder / "figures").is_dir() else []
         ended = "" if pd.isna(row["finished"]) else row["finished"].replace("T", " ")[:16]
-        rows.append(
-            f"<tr><td class=text>{_link(row, top)}</td><td>{_escaped(row['system'])}</td>"
-            f"<td>{_escaped(row['status'])}</td><td class=number>{_escaped(ended)}</td>"
-            f"<td class=text>{_escaped(row['told'])}</td><td>{' · '.join(links)}</td>"
-            f"<td class=text>{_marks(row['flags'])}</td></tr>"
-        )
+        cells = [("text title", _link(row, top)), ("", _escaped(row["system"])), ("", _escaped(row["status"]))]
+        cells += [("number", _escaped(ended)), ("text", _named(row["told"])), ("", " · ".join(links))]
+        rows.append(("", [*cells, ("text", _marks(row["flags"]))]))
     heads = ["run", "system", "status", "last written (UTC)", "parameters of its own", "open", "flags"]
-    return f"<h2>Where the runs lie</h2>{_table(heads, ''.join(rows))}"
+    return f"<h2>Where the runs lie</h2>{_table(heads, rows)}"
 
 
-def _table(heads: Sequence[str], body: str) -> str:
-    head = "".join(f"<th>{name}</th>" for name in heads)
+def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> str:
+    """Lay rows of (class, cells of (class, content)) out; each cell has its head by it, for narrow screens."""
+    head, body = "".join(f"<th>{name}</th>" for name in heads), ""
+    for kind, cells in rows:
+        each = [f"<td class='{column}' data-label='{name}'>{cell}</td>" for name, (column, cell) in zip(heads, cells)]
+        body += f"<tr class='{kind}'>{''.join(each)}</tr>"
     return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
@@ -459,11 +483,16 @@ def _anchor(target: Path, top: Path, text: str) -> str:
         address = quote(Path(os.path.relpath(target, top)).as_posix())
     except ValueError:  # on another drive
         address = target.as_uri()
-    return f"<a href='{address}'>{_escaped(text)}</a>"
+    return f"<a href='{address}'>{_named(text)}</a>"
 
 
 def _escaped(text) -> str:
     return html.escape(str(text))
+
+
+def _named(text) -> str:
+    """Escape a name, and let it break where its parts end rather than within a number."""
+    return re.sub(r"([_/,])", r"\1<wbr>", _escaped(text))
 
 
 def _plural(number: int, noun: str) -> str:

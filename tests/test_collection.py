@@ -64,7 +64,7 @@ def put_model(run, content=b"new", *, measured=None, later=True):
 
 
 def test_collect_lays_a_run_out_with_what_a_comparison_needs(tmp_path):
-    chosen_by = {"metric": "f1", "split": "valid", "value": 0.7}
+    chosen_by = {"metric": "f1", "split": "valid", "value": 0.7, "images": "i"}
     metrics = {"chosen_by": chosen_by, "headline": [row(), row(metric="accuracy", paired_by=None)], "weights": {}}
     run = write_run(tmp_path, metrics=metrics, params={"seed": 3})
     table = collection.collect(tmp_path)
@@ -72,7 +72,14 @@ def test_collect_lays_a_run_out_with_what_a_comparison_needs(tmp_path):
     first, second = table.to_dict("records")
     expected = {"system": "brain", "notebook": "07_brain_mri", "profile": "smoke", "split": "test", "finished": ENDED}
     expected |= {"n": 10, "n_groups": 5, "row": 0, "paired_by": "p", "fingerprint": "f", "parameters": {"seed": 3}}
-    expected |= {"validation": 0.7, "chosen_metric": "f1", "chosen_split": "valid", "flags": "", "folder": str(run)}
+    expected |= {
+        "validation": 0.7,
+        "chosen_metric": "f1",
+        "chosen_split": "valid",
+        "flags": "",
+        "chosen_images": "i",
+        "folder": str(run),
+    }
     expected |= {"ci_low": 0.8, "baseline": "majority", "difference": 0.4, "difference_high": 0.5}
     assert {name: first[name] for name in expected} == expected
     assert (second["row"], second["flags"], second["metric"]) == (1, "no paired draws", "accuracy")
@@ -102,7 +109,7 @@ def test_collect_puts_the_newest_last_and_one_that_does_not_say_first(tmp_path):
         ({"status": "failed"}, "failed"),
         ({"status": "running"}, "interrupted"),
         ({"status": "paused"}, "status unknown: paused"),
-        ({"status": 3}, "status unknown: status.json: TypeError: `status` is 3"),
+        ({"status": 3}, "status unknown: status.json: its `status` is a number, no text"),
         ({"draws": None}, "no paired draws"),
         ({"draws": {"1": [0.5]}}, "no paired draws"),
         ({"metrics": {"headline": [row(paired_by=None)]}}, "no paired draws"),
@@ -112,7 +119,7 @@ def test_collect_puts_the_newest_last_and_one_that_does_not_say_first(tmp_path):
         ({"environment": "[1]"}, "file cannot be read: environment.json (it holds a list, no mapping)"),
         (
             {"metrics": '{"headline": ['},
-            "file cannot be read: metrics.json (Expecting value: line 1 column 15 (char 14))",
+            "file cannot be read: metrics.json (it is no JSON: Expecting value: line 1 column 15 (char 14))",
         ),
         ({"metrics": {"headline": []}}, "file cannot be read: metrics.json (`headline` is no list of rows)"),
         (
@@ -129,6 +136,10 @@ def test_collect_puts_the_newest_last_and_one_that_does_not_say_first(tmp_path):
         (
             {"metrics": {"headline": [row()], "weights": [1]}},
             "file cannot be read: metrics.json (`weights` is a list, no mapping)",
+        ),
+        (
+            {"metrics": {"headline": [row()], "chosen_by": {"images": 3}}},
+            "file cannot be read: metrics.json (`images` is 3, no text)",
         ),
         (
             {"metrics": {"headline": [row()], "chosen_by": {"value": True}}},
@@ -165,6 +176,36 @@ def test_collect_goes_on_past_a_file_of_any_content(tmp_path, file, damage):
         assert table.loc["a-smoke-1", ["status", "system", "notebook"]].tolist() == ["unreadable", "brain", "a"]
     if file == "metrics":
         assert np.isnan(table.loc["a-smoke-1", "value"])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "it is empty"),
+        ("{", "it is no JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("[]", "it holds a list, no mapping"),
+        ("null", "it holds null, no mapping"),
+        ("1.5", "it holds a number, no mapping"),
+        ('"complete"', "it holds a text, no mapping"),
+        ("{}", "it has no `status`"),
+        ('{"status": true}', "its `status` is true or false, no text"),
+        ('{"status": {}}', "its `status` is a mapping, no text"),
+        ("[" * 100_000, "it is nested too deeply"),
+    ],
+)
+def test_collect_says_in_words_what_a_broken_status_holds(tmp_path, content, expected):
+    run = write_run(tmp_path)
+    (run / "status.json").write_text(content)
+    (error,) = collection.collect(tmp_path)["error"]
+    assert error == f"status.json: {expected}"
+
+
+def test_collect_of_a_status_that_is_a_folder_says_so(tmp_path):
+    run = write_run(tmp_path)
+    (run / "status.json").unlink()
+    (run / "status.json").mkdir()
+    (error,) = collection.collect(tmp_path)["error"]
+    assert error in ("status.json: Is a directory", "status.json: Permission denied")  # Windows: the latter
 
 
 def test_collect_of_a_run_with_a_summary_asks_for_no_metrics(tmp_path):

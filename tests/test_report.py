@@ -18,6 +18,7 @@ BEST_DRAWS = [0.5, 0.5, 0.5]
 def write_run(top, digits, value=0.75, **changes):
     """Write a complete run of one headline row by hand; keys of the row or of the folder."""
     options = {"params": {"seed": digits}, "fingerprint": "f", "data_source": "real", "valid": None, "chosen": "auroc"}
+    options |= {"profile": "smoke", "images": None}
     options |= {"status": "complete", "error": None, "draws": BEST_DRAWS, "weights": {}, "started": "2026-01-01"}
     options |= {name: changes.pop(name) for name in tuple(options) if name in changes}
     run = top / "brain" / f"07_brain_mri-smoke-{digits}"
@@ -27,8 +28,10 @@ def write_run(top, digits, value=0.75, **changes):
     row |= {"ci95": [value - 0.125, value + 0.125], "n": 9, "n_groups": 3, "paired_by": "p", "baseline": baseline}
     rows = [row | each for each in changes.pop("rows", [{}])]
     chosen_by = options["valid"] and {"metric": options["chosen"], "split": "valid", "value": options["valid"]}
+    if chosen_by and options["images"]:
+        chosen_by["images"] = options["images"]
     state = {"status": options["status"], "system": "brain", "notebook": "07_brain_mri", "error": options["error"]}
-    state |= {name: options[name] for name in ("data_source", "started")}
+    state |= {name: options[name] for name in ("data_source", "profile", "started")}
     files = {
         "status": state,
         "params": options["params"],
@@ -73,8 +76,6 @@ def test_rank_compares_with_the_best_on_the_same_draws(tmp_path):
     [
         ({"paired_by": "q"}, "other test groups or draws"),
         ({"draws": [0.5] * 4}, "other test groups or draws"),
-        ({"fingerprint": "g"}, "other data"),
-        ({"fingerprint": None}, "data not known"),
         ({"paired_by": None}, "no draws"),
         ({"draws": [math.nan, math.nan, 0.5]}, "undefined in most draws"),
     ],
@@ -85,6 +86,43 @@ def test_rank_gives_no_difference_of_what_is_not_paired_and_says_why(tmp_path, c
     other = ranked(tmp_path).iloc[1]
     assert other["comparison"] == reason
     assert other[["difference_to_best", "difference_to_best_low", "difference_to_best_high"]].isna().all()
+
+
+def test_rank_compares_nothing_among_runs_of_unknown_data(tmp_path):
+    for name, value, fingerprint in (("a", 0.9, None), ("b", 0.8, None), ("c", 0.7, "f")):
+        write_run(tmp_path, name, value=value, fingerprint=fingerprint)
+    table = ranked(tmp_path)
+    assert order(table) == ["c", "a", "b"]
+    assert table["comparison"].tolist() == ["best", "best", "data not known"]
+    assert table["fingerprint"].tolist() == ["f", "", ""] and np.isnan(table["difference_to_best"]).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (("i", "i"), True),
+        (("i", "j"), False),
+        (("i", None), False),
+        ((None, None), False),
+        (("i", "i", "j"), True),  # of other weights: no say
+    ],
+)
+def test_rank_says_whether_validation_values_are_of_the_same_images(tmp_path, images, expected):
+    weights = ({}, {}, {"model.keras": "0"})
+    for position, (told, name) in enumerate(zip(images, "abc")):
+        valid = 0.5 + position / 8
+        write_run(tmp_path, name, value=0.9 - position / 8, valid=valid, images=told, weights=weights[position])
+    table = ranked(tmp_path)
+    assert table["same_validation"].tolist() == [expected] * len(images)
+    assert order(table) == ["b", "a", "c"][: len(images)] and set(table["ordered_by"]) == {"validation"}
+
+
+def test_rank_of_one_run_or_of_none_with_validation_says_so_too(tmp_path):
+    run = write_run(tmp_path, "a", valid=0.7, rows=[{}, {"variant": "other"}])
+    assert ranked(tmp_path)["same_validation"].tolist() == [True, True]
+    shutil.rmtree(run)
+    write_run(tmp_path, "a")
+    assert ranked(tmp_path)["same_validation"].tolist() == [False]
 
 
 def test_rank_does_without_draws_that_vanished_since_they_were_collected(tmp_path):
@@ -180,6 +218,9 @@ def test_rank_lets_an_untrusted_run_have_no_say_in_how_a_block_is_ordered(tmp_pa
     "other",
     [
         {"data_source": "synthetic"},
+        {"profile": "full"},
+        {"profile": None},
+        {"fingerprint": "g"},
         {"task": "t"},
         {"metric": "f1"},
         {"label": "l"},
@@ -191,6 +232,15 @@ def test_rank_keeps_questions_apart(tmp_path, other):
     write_run(tmp_path, "a")
     write_run(tmp_path, "b", **other)
     assert ranked(tmp_path)["comparison"].tolist() == ["best", "best"]
+
+
+def test_rank_keeps_a_run_on_little_out_of_the_block_of_full_ones(tmp_path):
+    write_run(tmp_path, "a", valid=0.99, fingerprint="few")
+    for name, valid in (("b", 0.7), ("c", 0.8)):
+        write_run(tmp_path, name, valid=valid, profile="full")
+    table = ranked(tmp_path)
+    assert order(table) == ["c", "b", "a"] and table["rank"].tolist() == [1, 2, 1]
+    assert table["profile"].tolist() == ["full", "full", "smoke"] and table["comparison"][1] == "paired"
 
 
 def test_rank_of_one_metric_leaves_the_others_out_and_refuses_an_unknown_one(tmp_path):
@@ -248,7 +298,7 @@ def page_of(top, path=None, **options):
 
 
 def text_of(page):
-    return " ".join(re.sub("<[^>]+>", " ", page.split("</style>")[1]).split())
+    return " ".join(re.sub("<[^>]+>", " ", page.split("</style>")[1].replace("<wbr>", "")).split())
 
 
 def test_write_html_counts_and_shows_failures_before_the_ranking(tmp_path):
@@ -264,7 +314,7 @@ def test_write_html_counts_and_shows_failures_before_the_ranking(tmp_path):
     assert "07_brain_mri-smoke-c : failed at cell 7 (In [4]) brain · 07_brain_mri · seed=c failed at the audit" in text
     assert "<pre>LeakError: 3 &lt;b&gt;pictures&lt;/b&gt;\n  at line 2: x</pre>" in page
     assert "07_brain_mri-smoke-d : interrupted brain · 07_brain_mri · seed=d" in text
-    assert "07_brain_mri-smoke-e : complete, but damaged" in text and "metrics.json (Expecting" in text
+    assert "07_brain_mri-smoke-e : complete, but damaged" in text and "metrics.json (it is no JSON: Expecting" in text
     assert text.index("LeakError") < text.index("tumour · all · auroc · test")
     assert "0.900 [0.775, 1.025]" in text and "0.000 [" not in text
     assert "-0.100 [-0.487, -0.013] majority 0.500 +0.300 [+0.125, +0.375] beats the baseline" in text
@@ -275,7 +325,60 @@ def test_write_html_says_nothing_of_chance_where_validation_orders(tmp_path):
     for name, valid in (("a", 0.7), ("b", 0.8)):
         write_run(tmp_path, name, valid=valid, chosen="weighted_log_loss")
     text = text_of(page_of(tmp_path))
-    assert "Ordered by validation (weighted_log_loss of valid), lowest first" in text and "by chance" not in text
+    expected = "Ordered by weighted log loss on the validation split, lowest first; the test figures shown had no say."
+    assert expected in text and "by chance" not in text
+
+
+def test_write_html_names_the_folds_that_order_and_claims_no_innocence_of_figures_of_them(tmp_path):
+    for name in "ab":
+        run = write_run(tmp_path, name, valid=0.5, rows=[{"split": "folds"}, {"split": "test"}])
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics["chosen_by"]["split"] = "folds"
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    text = text_of(page_of(tmp_path))
+    assert "Ordered by auroc on the folds, highest first." in text
+    assert "Ordered by auroc on the folds, highest first; the test figures shown had no say." in text
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (("i", "i"), None),
+        (("i", "j"), "The validation figures are of different images, as with other seeds of the split, so"),
+        (("i", None), "The validation figures may be of different images, as with other seeds of the split, so"),
+    ],
+)
+def test_write_html_says_what_an_order_by_other_images_is_worth(tmp_path, images, said):
+    for name, told in zip("ab", images):
+        write_run(tmp_path, name, valid=0.5, images=told)
+    text = text_of(page_of(tmp_path))
+    assert ("different images" in text) == (said is not None) and (said or "") in text
+
+
+def test_write_html_heads_each_profile_and_tells_several_data_sets_apart(tmp_path):
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "b", profile="full")
+    headings = re.findall("<h2>(.*?)</h2>", page_of(tmp_path).replace("<wbr>", ""))
+    assert headings[:2] == ["brain · 07_brain_mri · full", "brain · 07_brain_mri · smoke"]
+    write_run(tmp_path, "c", fingerprint="0123456789abcdef")
+    write_run(tmp_path, "d", fingerprint=None)
+    headings = re.findall("<h2>(.*?)</h2>", page_of(tmp_path).replace("<wbr>", ""))
+    told = ["full · data f", "smoke · data 012345", "smoke · data f", "smoke · data not known"]
+    assert headings[:4] == [f"brain · 07_brain_mri · {each}" for each in told]
+    write_run(tmp_path / "alone", "a", fingerprint=None)
+    assert "<h2>brain · 07_<wbr>brain_<wbr>mri · smoke · data not known</h2>" in page_of(tmp_path / "alone")
+
+
+def test_write_html_labels_each_cell_for_narrow_screens_and_breaks_names_at_their_parts(tmp_path):
+    write_run(tmp_path, "a", params={"learning_rate": 0.003})
+    write_run(tmp_path, "b", params={"learning_rate": 0.001})
+    page = page_of(tmp_path)
+    assert "<b>learning_<wbr>rate=0.003</b>" in page
+    assert "<td class='verdict' data-label='verdict'>beats the baseline</td>" in page
+    cells = re.findall("<td[^>]*>", page)
+    assert cells and all("data-label=" in cell for cell in cells)
+    narrow = page.split("(max-width:800px)")[1].split("@media")[0]
+    assert "content:attr(data-label)" in narrow and "tr,td{display:block}" in narrow and "max-width:100%" in page
 
 
 def test_write_html_explains_every_flag_with_the_number_of_its_runs(tmp_path):
@@ -362,7 +465,7 @@ def test_forest_draws_40_runs_and_says_how_many_are_left_out(tmp_path):
     labels = [label.get_text() for label in axis.get_yticklabels()]
     assert len(labels) == 40 and labels[0] == "1.  seed=42" and "3 of 43 left out" in figure.get_suptitle()
     page = page_of(tmp_path)
-    assert page.count("<tr class=''>") + page.count("<tr class='best'>") == 43 and page.count("data:image") == 1
+    assert page.count("<td class='rank'") == 43 and page.count("data:image") == 1
 
 
 def test_forest_puts_the_best_on_top_beside_its_baseline_and_marks_synthetic_data(tmp_path):

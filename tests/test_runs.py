@@ -356,6 +356,19 @@ def test_finish_keeps_what_a_run_may_be_chosen_by_and_refuses_the_test_split():
     runs.finish(run, headline=[_row()], rows=[_row()], chosen_by=chosen_by)
     assert runs.read_json(run / "metrics.json")["chosen_by"] == chosen_by | {"images": None}  # there is no split.csv
     assert collection.collect(run)["validation"].tolist() == [0.7]
+    rows = {"image_path": ["a", "b", "c"], "split": ["train", "valid", "test"]}
+    found = {}
+    for name, split in (
+        ("same", rows["split"]),
+        ("other", ["valid", "train", "test"]),
+        ("test", ["train", "valid", "left out"]),
+    ):
+        runs.write_table(run / "split.csv", pd.DataFrame(rows | {"split": split}))
+        for told in ("valid", "folds"):
+            written = runs.finish(run, headline=[_row()], rows=[], chosen_by=chosen_by | {"split": told})
+            found[name, told] = written["chosen_by"]["images"]
+    assert found["same", "valid"] == found["test", "valid"] != found["other", "valid"]
+    assert len({found["same", "folds"], found["test", "folds"], found["same", "valid"]}) == 3
     for wrong in ({**chosen_by, "split": "test, black"}, {**chosen_by, "value": float("nan")}):
         with pytest.raises(ValueError, match="expected a finite value of a split that is not the test"):
             runs.finish(run, headline=[_row()], rows=[_row()], chosen_by=wrong)

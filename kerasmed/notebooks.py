@@ -343,7 +343,7 @@ def _sections(path: Path) -> list[str]:
     sections, last = [], ""
     for cell in runs.read_json(path)["cells"]:
         if cell["cell_type"] == "markdown":
-            last = next((line.strip("# \n") for line in cell["source"] if line.startswith("#")), last)
+            last = next((line.strip("# \n") for line in cell["source"] if line.startswith("##")), last)
         sections.append(last)
     return sections
 

@@ -10,9 +10,23 @@ import click
 from kerasmed import __version__, data_commands
 from kerasmed.data_commands import ROOT_OPTIONS, usage
 
+
+def _load_tracking(context, option, track: str | None) -> str | None:
+    """Refuse what cannot be tracked before the work."""
+    if track:
+        from kerasmed import tracking
+
+        try:
+            tracking.load()
+        except ImportError as error:
+            raise click.ClickException(str(error)) from error
+    return track
+
+
 TRACK = click.option(
     "--track",
     type=click.Choice(["mlflow"]),
+    callback=_load_tracking,
     help="Also log each run to MLflow: to $MLFLOW_TRACKING_URI, else to mlflow.db beside the runs (extra `track`).",
 )
 

@@ -83,7 +83,7 @@ def log(run: str | os.PathLike, *, uri: str = "", models_root=None) -> str:
     state, content = _state(run), _content(run)
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _default(models_root)
     file = _sqlite_file(uri)
-    _load_mlflow()
+    load()
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -102,8 +102,12 @@ def log(run: str | os.PathLike, *, uri: str = "", models_root=None) -> str:
 # --- stores ----------------------------------------------------------------------------------------------------------
 
 
-def _load_mlflow() -> None:
-    """Import MLflow, which takes seconds, after what it reads from the environment is set."""
+def load() -> None:
+    """Import MLflow, which takes seconds, after what it reads from the environment is set.
+
+    Raises:
+        ImportError: it is not installed; says how to mend it.
+    """
     if importlib.util.find_spec("mlflow") is None:
         raise ImportError(
             "tracking needs MLflow, which is not installed: pip install 'kerasmed[track]' (in a clone: -e '.[track]')."

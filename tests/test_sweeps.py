@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import re
@@ -392,3 +393,11 @@ def test_sweep_on_no_scheduler_is_refused_before_the_first_run(project, monkeypa
     assert not Path("t.csv").exists()
     result = _sweep("--grid", "epochs=1,2", "--scheduler", "tcp://127.0.0.1:9", "--jobs", 2)
     assert result.exit_code == 2 and "leave one of them out" in result.output
+
+
+def test_sweep_that_cannot_be_tracked_is_refused_before_the_first_run(project, monkeypatch):
+    project(SWEPT)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = _sweep("--grid", "epochs=1,2", "--track", "mlflow")
+    assert result.exit_code == 1 and "pip install 'kerasmed[track]'" in result.output
+    assert not paths.models_root().exists()

@@ -62,7 +62,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def client(store):
-    tracking._load_mlflow()
+    tracking.load()
     from mlflow import MlflowClient
 
     return lambda: MlflowClient(tracking_uri=f"sqlite:///{store / 'mlflow.db'}")
@@ -311,7 +311,7 @@ def test_log_to_a_deleted_experiment_says_how_to_restore_it(store, client):
 def test_log_to_a_server_that_says_nothing_ends_within_seconds_and_keeps_its_password(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(tracking, "SECONDS_TO_ANSWER", 0.5)
-    tracking._load_mlflow()
+    tracking.load()
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@{address}")

@@ -111,7 +111,7 @@ def run(notebooks, profile, pairs, data_root, models_root, force, timeout, sched
             done.append(folder)
         except (RuntimeError, ValueError, OSError) as error:
             failed[notebook.name] = str(error)
-            click.secho(f"failed: {error}", fg="red", err=True)
+            click.secho(f"failed: {str(error).partition(chr(10))[0]}", fg="red", err=True)  # the rest at the end
         _track(track, folder, parameters["models_root"])
     for folder in done:
         _show(collection.collect(folder), folder)

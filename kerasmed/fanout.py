@@ -2,8 +2,8 @@
 
 A task is a function and its arguments; it writes its result, whole, into a folder that all workers see, and says
 little. So tasks may be done anywhere, in any order, and again where a worker was lost. Workers are started by `dask
-worker`; they must have loaded the same sources and look for files in the same places, which is checked: of the command
-before its first task, and by each worker before each.
+worker`; they must have loaded the same sources and look for files in the same places: the command checks that before
+its first task, and each worker before each.
 """
 
 import contextlib

@@ -103,7 +103,7 @@ def _execute(position: int, placed: Placed, force: str, timeout: int | None, wai
     except locks.Busy:
         return Outcome(position, BUSY)
     except (RuntimeError, ValueError, OSError) as error:
-        return Outcome(position, FAILED, str(error))
+        return Outcome(position, FAILED, str(error) or type(error).__name__)
     return Outcome(position, EXECUTED if executed else FINISHED_ALREADY)
 
 

@@ -1,9 +1,12 @@
-"""Augmentation recipes: named Albumentations transforms on batches of uint8 grey images.
+"""Augmentation recipes on batches of uint8 grey images.
 
 A recipe is a tuple of names; `build` turns it into a function of a batch and a seed, so that the same (seed, epoch,
-batch) always yields the same pixels, on whichever thread they are made.
+batch) always yields the same pixels, on whichever thread they are made. Flips, turns and noise, which nearly all
+recipes have, are OpenCV's own operations with parameters drawn here; the rest are transforms of Albumentations, which
+cost twice as much an image.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 
@@ -11,15 +14,48 @@ import albumentations as A
 import cv2
 import numpy as np
 
+# Grey levels: variance 10–50, what Albumentations 1 did by default; version 2's default is far stronger.
+_NOISE = (0.0124 * 255, 0.0277 * 255)
+
+
+def _flip(axis):
+    return lambda image, generator: cv2.flip(image, axis)
+
+
+def _rotate(limit):
+    """Turn about the middle by up to `limit` degrees either way, black around."""
+
+    def change(image, generator):
+        height, width = image.shape
+        centre = (width / 2 - 0.5, height / 2 - 0.5)
+        matrix = cv2.getRotationMatrix2D(centre, generator.uniform(-limit, limit), 1)
+        return cv2.warpAffine(image, matrix, (width, height))
+
+    return change
+
+
+def _noise(image, generator):
+    """Add Gaussian noise, in whole grey levels cut towards 0, as Albumentations does."""
+    noise = np.empty(image.shape, np.float32)
+    cv2.randn(noise, 0, generator.uniform(*_NOISE))
+    return cv2.add(image, noise.astype(np.int8), dtype=cv2.CV_8U)
+
+
+# Name -> probability, and function (image, generator) -> image.
+_CHANGES = {
+    "flip": (0.5, _flip(1)),
+    "flip_vertical": (0.5, _flip(0)),
+    "noise": (0.5, _noise),
+    "noise_rare": (0.25, _noise),
+    "rotate": (0.5, _rotate(10)),
+    "rotate_any": (0.5, _rotate(90)),
+    "rotate_30": (1.0, _rotate(30)),
+}
+
 
 def _transforms(image_size):
     height, width = image_size
     return {
-        "flip": lambda: [A.HorizontalFlip(p=0.5)],
-        # Variance 10–50 on a scale of 0–255: what Albumentations 1 did by default; version 2's default is far stronger.
-        "noise": lambda: [A.GaussNoise(std_range=(0.0124, 0.0277), p=0.5)],
-        "noise_rare": lambda: [A.GaussNoise(std_range=(0.0124, 0.0277), p=0.25)],
-        "rotate": lambda: [A.Rotate(limit=10, border_mode=cv2.BORDER_CONSTANT, p=0.5)],
         "brightness_contrast": lambda: [A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5)],
         # RandomScale changes the array's size: padded or cropped back, it zooms; resized back, it would only blur.
         "scale": lambda: [
@@ -28,9 +64,6 @@ def _transforms(image_size):
             A.CenterCrop(height, width),
         ],
         "shift": lambda: [A.Affine(translate_percent=(-0.06, 0.06), border_mode=cv2.BORDER_CONSTANT, p=0.5)],
-        "flip_vertical": lambda: [A.VerticalFlip(p=0.5)],
-        "rotate_any": lambda: [A.Rotate(limit=90, border_mode=cv2.BORDER_CONSTANT, p=0.5)],
-        "rotate_30": lambda: [A.Rotate(limit=30, border_mode=cv2.BORDER_CONSTANT, p=1.0)],
         # In degrees, drawn for each axis; a number alone would be a fixed angle, not a range.
         "shear": lambda: [A.Affine(shear=(-15, 15), border_mode=cv2.BORDER_CONSTANT, p=0.5)],
         "scale_wide": lambda: [
@@ -51,7 +84,7 @@ def _transforms(image_size):
     }
 
 
-NAMES = tuple(_transforms((1, 1)))
+NAMES = (*_CHANGES, *_transforms((1, 1)))
 
 
 def build(names: Sequence[str], image_size: tuple[int, int]) -> Callable[[np.ndarray, int], np.ndarray] | None:
@@ -77,14 +110,42 @@ def build(names: Sequence[str], image_size: tuple[int, int]) -> Callable[[np.nda
         raise ValueError(f"augmentation {unknown} is unknown; known are {', '.join(NAMES)}.")
     if not names:
         return None
-    available = _transforms(image_size)
-    local = threading.local()
+    steps = []
+    for is_own, part in itertools.groupby(names, key=_CHANGES.__contains__):
+        part = list(part)
+        steps += [_step(*_CHANGES[name]) for name in part] if is_own else [_library_step(part, image_size)]
 
     def augment(images: np.ndarray, seed: int) -> np.ndarray:
+        generator, images = np.random.default_rng(seed), images.copy()
+        # OpenCV's noise comes from a generator that each thread has one of.
+        cv2.setRNGSeed(int(generator.integers(2**31)))
+        for step in steps:
+            step(images, generator)
+        return images
+
+    return augment
+
+
+def _step(probability, change):
+    """Function of a batch, in place: change some of its images."""
+
+    def step(images, generator):
+        for row in np.flatnonzero(generator.random(len(images)) < probability):
+            images[row] = change(images[row], generator)
+
+    return step
+
+
+def _library_step(names, image_size):
+    """Function of a batch, in place: the transforms of Albumentations that have these names, in order."""
+    available, local = _transforms(image_size), threading.local()
+
+    def step(images, generator):
         # A pipeline holds its random generator, so each thread has its own and seeds it for every batch.
         if not hasattr(local, "compose"):
             local.compose = A.Compose([transform for name in names for transform in available[name]()])
-        local.compose.set_random_seed(seed)
-        return np.stack([local.compose(image=image)["image"] for image in images])
+        local.compose.set_random_seed(int(generator.integers(2**31)))
+        for row, image in enumerate(images):
+            images[row] = local.compose(image=image)["image"]
 
-    return augment
+    return step

@@ -1,5 +1,8 @@
+import threading
 import warnings
 
+import albumentations as A
+import cv2
 import numpy as np
 import pytest
 
@@ -157,9 +160,89 @@ def test_build_noise_has_the_stated_strength():
     changed = got[(got != 128).any(axis=(1, 2))]
     # p = 0.5 of 200: four standard deviations are 28
     assert 72 < len(changed) < 128
-    # 0.0124–0.0277 of 255 is 3.2–7.1; the library truncates towards 0, which takes up to 0.5, and 1,024 pixels spread
-    # by 2 %
+    # 0.0124–0.0277 of 255 is 3.2–7.1; levels cut towards 0 take up to 0.5, and 1,024 pixels spread by 2 %
     assert changed.std(axis=(1, 2)).min() > 2.6 and changed.std(axis=(1, 2)).max() < 7.4
+
+
+LIBRARY = {
+    "flip": A.HorizontalFlip(p=0.5),
+    "flip_vertical": A.VerticalFlip(p=0.5),
+    "noise": A.GaussNoise(std_range=(0.0124, 0.0277), p=0.5),
+    "noise_rare": A.GaussNoise(std_range=(0.0124, 0.0277), p=0.25),
+    "rotate": A.Rotate(limit=10, border_mode=cv2.BORDER_CONSTANT, p=0.5),
+    "rotate_any": A.Rotate(limit=90, border_mode=cv2.BORDER_CONSTANT, p=0.5),
+    "rotate_30": A.Rotate(limit=30, border_mode=cv2.BORDER_CONSTANT, p=1.0),
+}
+
+
+def _two_samples(name, count):
+    """The same picture, many times, as the recipe makes it and as Albumentations does."""
+    y, x = np.mgrid[:40, :48]
+    picture = (127 + 60 * np.sin(x / 5) + 60 * np.cos(y / 7)).astype(np.uint8)  # lopsided, and far from both ends
+    ours = augment.build((name,), picture.shape)(np.repeat(picture[None], count, axis=0), seed=0)
+    library = A.Compose([LIBRARY[name]], seed=1)
+    return picture, ours, np.stack([library(image=picture)["image"] for _ in range(count)])
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_build_own_changes_are_distributed_as_those_of_albumentations(name):
+    picture, *both = _two_samples(name, 3000)
+    changed, means, deviations, differences = [], [], [], []
+    for draws in both:
+        differs = (draws != picture).any(axis=(1, 2))
+        changed.append(differs.mean())
+        means.append(draws[differs].mean(axis=0))
+        deviations.append(draws[differs].std(axis=0, dtype=float))
+        differences.append(np.sort(np.abs(draws[differs].astype(int) - picture).mean(axis=(1, 2))))
+    # Four standard errors of two shares of 3,000 draws, of two means, and of two deviations (at most 0.5 of a mean's).
+    assert changed[0] == pytest.approx(changed[1], abs=4 * np.sqrt(2 * 0.25 / 3000))
+    error = deviations[1] * np.sqrt(2 / len(differences[1])) + 1e-9
+    # 1,919 pixels are looked at: of so many, five standard errors are one in a thousand tries. The first is not: there
+    # Albumentations has no noise, as it seeds OpenCV's generator anew for each image.
+    assert (np.abs(means[0] - means[1]) < 5 * error).ravel()[1:].all()
+    assert (np.abs(deviations[0] - deviations[1]) < 5 * error).ravel()[1:].all()
+    # The strengths, image by image: Kolmogorov and Smirnov's distance, with a level of one in 10,000.
+    places = np.concatenate(differences)
+    shares = [np.searchsorted(one, places, side="right") / len(one) for one in differences]
+    assert np.abs(shares[0] - shares[1]).max() < 2.23 * np.sqrt(1 / len(differences[0]) + 1 / len(differences[1]))
+
+
+def test_build_noise_takes_each_grey_level_as_often_as_albumentations():
+    grey = np.full((1200, 32, 32), 100, np.uint8)
+    ours = augment.build(("noise",), (32, 32))(grey, seed=0)
+    library = A.Compose([LIBRARY["noise"]], seed=1)
+    counts = []
+    for draws in (ours, np.stack([library(image=image)["image"] for image in grey])):
+        noisy = draws[(draws != 100).any(axis=(1, 2))]
+        counts.append(np.bincount(noisy.ravel(), minlength=256) / noisy.size)
+    # Some 600 images have noise: the widths drawn for them spread the share of a level by at most 3 % of itself.
+    np.testing.assert_allclose(counts[0], counts[1], rtol=0.12, atol=4e-4)
+    # Cut towards 0: no brighter and no darker, and of a deviation of 5, the middle level has 0.16 rather than 0.08.
+    assert np.arange(256) @ counts[0] == pytest.approx(100, abs=0.03) and counts[0][100] > 0.15
+
+
+def test_build_on_several_threads_gives_the_same_pixels(rng):
+    batch = rng.integers(0, 256, (32, 64, 64), dtype=np.uint8)
+    recipe = augment.build(("flip", "noise", "rotate", "shift"), (64, 64))
+    expected = [recipe(batch, seed) for seed in range(16)]
+    got = [None] * 16
+
+    def work(first):
+        for seed in range(first, 16, 4):
+            got[seed] = recipe(batch, seed)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_build_leaves_the_batch_given_as_it_is(batch):
+    before = batch.copy()
+    augment.build(augment.NAMES, (32, 24))(batch, seed=1)
+    np.testing.assert_array_equal(batch, before)
 
 
 def test_build_no_names_is_no_recipe_and_unknown_names_are_refused():

@@ -1,4 +1,7 @@
 import logging
+import platform
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -35,6 +38,32 @@ def test_fresh_keeps_the_precision(own_policy):
     environment.setup(seed=0, precision="mixed_bfloat16")
     environment.fresh(0)
     assert keras.config.dtype_policy().name == "mixed_bfloat16"
+
+
+_FAULTS = """
+import ctypes, resource
+import numpy as np
+from kerasmed import environment
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        np.ones(2**21, np.uint8)  # 512 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+ctypes.CDLL(None).mallopt(-3, 2**17)  # as it is where tf.data is at work
+print(faults())
+environment.setup(seed=0)
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_setup_keeps_the_memory_of_freed_arrays():
+    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 50 * 500 and after < 50 * 50
 
 
 def test_setup_unknown_precision_is_refused():

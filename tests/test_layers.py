@@ -264,8 +264,8 @@ def head():
     return np.repeat(picture[None], 300, axis=0)
 
 
-def test_build_augmentation_knows_the_names_of_albumentations():
-    assert tuple(_TRANSFORMS) == augment.NAMES
+def test_build_augmentation_knows_the_names_of_augment():
+    assert sorted(_TRANSFORMS) == sorted(augment.NAMES)
 
 
 @pytest.mark.parametrize("name", [name for name in augment.NAMES if "noise" not in name and "bright" not in name])

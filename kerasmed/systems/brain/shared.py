@@ -90,7 +90,7 @@ def build_model(
 
 
 def recipe(config, image_size: tuple[int, int]):
-    """Build the augmentation that a configuration names, with Albumentations or with Keras's layers."""
+    """Build the augmentation that a configuration names, by `kerasmed.augment` or with Keras's layers."""
     build = layers.build_augmentation if config.augmentation_library == "keras" else augment.build
     return build(config.augmentation, image_size)
 

@@ -8,7 +8,7 @@ vector does not depend on its neighbours in the batch.
 
 import functools
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,10 +195,22 @@ def _build(encoder, gather, count, shard_rows, target, batch_size, progress) -> 
 def _encode_shard(encoder, gather, first, last, shard, batch_size) -> int:
     """Predict some rows into a file, written whole; return how many."""
     encoder = _loaded(encoder) if isinstance(encoder, Path) else encoder
-    values = encoder.predict(gather(first, last), batch_size=batch_size, verbose=0)
+    values = encoder.predict(_batches(gather(first, last), batch_size), verbose=0)
     with runs.whole(shard) as temporary:
         np.save(temporary, values.astype(np.float32))
     return last - first
+
+
+def _batches(rows, batch_size):
+    """Make a dataset of an array's rows in order."""
+    import tensorflow as tf
+
+    def make(number):
+        return rows[number * batch_size : (number + 1) * batch_size]
+
+    # `predict` would make a dataset of an array as well, one that tf.data tunes; see `pipelines.numbered_dataset`.
+    signature = tf.TensorSpec((None, *rows.shape[1:]), rows.dtype)
+    return pipelines.numbered_dataset(make, signature, count=pipelines.steps_per_epoch(len(rows), batch_size))
 
 
 @functools.lru_cache(maxsize=1)
@@ -405,17 +417,11 @@ def dataset(
 
     steps = pipelines.steps_per_epoch(count, batch_size)
 
-    def one(order, index) -> tuple | dict:
+    def make(number) -> tuple | dict:
+        epoch, index = divmod(number, steps)
+        order = np.arange(count) if seed is None else pipelines.epoch_order(count, seed=seed, epoch=epoch)
         chosen = order[index * batch_size : (index + 1) * batch_size]
         return gather(chosen) if targets is None else (gather(chosen), targets[chosen])
-
-    def generate() -> Iterator:
-        epoch = first_epoch
-        while seed is not None:
-            order = pipelines.epoch_order(count, seed=seed, epoch=epoch)
-            yield from (one(order, index) for index in range(steps))
-            epoch += 1
-        yield from (one(np.arange(count), index) for index in range(steps))
 
     # Of no rows, an axis whose length goes by the rows has length 0.
     empty = gather(np.zeros(0, int))
@@ -425,10 +431,8 @@ def dataset(
     }
     if targets is not None:
         signature = (signature, tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
-    found = tf.data.Dataset.from_generator(generate, output_signature=signature)
-    if seed is None:
-        found = found.apply(tf.data.experimental.assert_cardinality(steps))
-    return found.prefetch(2)
+    first, ends = first_epoch * steps, steps if seed is None else None
+    return pipelines.numbered_dataset(make, signature, first=first, count=ends)
 
 
 def write(path: Path, index: pd.DataFrame, values: np.ndarray) -> None:

@@ -248,7 +248,8 @@ def _decode(data: bytes) -> np.ndarray:
     # OpenCV returns a truncated JPEG or PNG as if it were whole (it only prints), so the end is looked for here.
     if header.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise ImageError("truncated JPEG (no end marker after the last scan)")
-    if header.format == "PNG" and b"IEND" not in data:
+    # A search through the whole file would hold the interpreter's lock; the end chunk is almost always the last.
+    if header.format == "PNG" and b"IEND" not in data[-12:] and b"IEND" not in data:
         raise ImageError("truncated PNG (no end chunk)")
     rotated = "exif" in header.info and header.getexif().get(0x0112, 1) != 1
     if header.format in ("JPEG", "PNG") and header.mode in ("L", "LA", "RGB", "RGBA", "I;16") and not rotated:

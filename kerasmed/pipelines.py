@@ -4,13 +4,16 @@ Decoding is what an epoch costs, so every image is decoded once, into one memory
 gathers whole batches from: a true shuffle of all rows every epoch, in memory that does not grow with the data set.
 """
 
+import atexit
+import contextlib
 import functools
 import hashlib
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,13 +24,14 @@ import pandas as pd
 from kerasmed import datasets, dicom, fanout, images, locks, paths, runs
 from kerasmed import progress as bars
 
-SHARD_ROWS = 256
-_CONTENT = 2  # what a store holds; to be raised when that changes
+# Few enough to keep many cores at work on a few hundred images.
+SHARD_ROWS = 64
+_CONTENT = 3  # what a store and its shards hold; to be raised when that changes
 # A change of the reader may alter pixels: stores made by another are not taken for current ones.
 _READERS = b"".join(Path(module.__file__).read_bytes() for module in (images, dicom))
 _MAKERS = hashlib.sha256(_READERS).hexdigest()[:16] + f"-{_CONTENT}"
 _SYSTEM_REFUSED = "system refused:"
-_AHEAD = 4
+_AT_ONCE = 2  # batches
 
 
 class Store(NamedTuple):
@@ -67,7 +71,7 @@ def decode(
 ) -> Store:
     """Decode every image of a manifest once, or open the store that an earlier call has finished.
 
-    Work is done in shards of 256 images, each written whole, so that a killed call goes on where it stopped and shards
+    Work is done in shards of 64 images, each written whole, so that a killed call goes on where it stopped and shards
     may be made anywhere and in any order (`kerasmed.fanout.shards`). Of several processes one decodes, the others wait.
     The store is `<cache>/<fingerprint>/`: images.npy, thumbnails.npy, facts.npy and quarantine.csv; the fingerprint
     covers paths, sizes, modification times, target size and options.
@@ -141,7 +145,7 @@ def _build(target, image_paths, root, image_size, options, jobs, progress):
     building = target.with_name(target.name + ".building")
     building.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(image_paths), SHARD_ROWS)
-    shards = [building / f"{start:09d}.npz" for start in starts]
+    shards = [building / f"{start:09d}.npy" for start in starts]
     parts = [image_paths[start : start + SHARD_ROWS] for start in starts]
     tasks = {shard: (shard, root, part, image_size, options) for shard, part in zip(shards, parts)}
     finished = sum(len(part) for shard, part in zip(shards, parts) if shard.exists())
@@ -157,14 +161,15 @@ def _build(target, image_paths, root, image_size, options, jobs, progress):
 def decode_shard(
     shard: Path, root: Path, image_paths: Sequence[str], image_size: tuple[int, int], options: Mapping
 ) -> int:
-    """Decode some images into one shard file, written whole: images, thumbnails, facts, reasons.
+    """Decode some images into one shard file, written whole: `np.save` of reasons, facts, images and thumbnails.
 
     Returns:
         Number of paths handled.
     """
     pixels, thumbnails, facts, reasons = decode_files(root, image_paths, image_size, options)
-    with runs.whole(shard) as temporary:
-        np.savez(temporary, images=pixels, thumbnails=thumbnails, facts=facts, reasons=reasons)
+    with runs.whole(shard) as temporary, open(temporary, "wb") as file:
+        for array in (reasons, facts, pixels, thumbnails):
+            np.save(file, array, allow_pickle=False)
     return len(image_paths)
 
 
@@ -219,20 +224,28 @@ def decode_stream(
 
 
 def _join(joined, shards, image_paths, image_size):
-    reasons, facts = (np.concatenate([np.load(shard)[name] for shard in shards]) for name in ("reasons", "facts"))
+    reasons, facts = map(np.concatenate, zip(*(_load_shard(shard, 2) for shard in shards)))
     count = int((reasons == "").sum())
     np.save(joined / "facts.npy", facts[reasons == ""])
-    for name, size in (("images", image_size), ("thumbnails", images.THUMBNAIL_SIZE)):
-        array = np.lib.format.open_memmap(joined / f"{name}.npy", mode="w+", dtype=np.uint8, shape=(count, *size))
-        row = 0
+    with contextlib.ExitStack() as stack:
+        files = []
+        for name, size in (("images", image_size), ("thumbnails", images.THUMBNAIL_SIZE)):
+            files.append(stack.enter_context(open(joined / f"{name}.npy", "wb")))
+            header = np.lib.format.header_data_from_array_1_0(np.empty((0, *size), np.uint8))
+            np.lib.format.write_array_header_1_0(files[-1], header | {"shape": (count, *size)})
         for shard in shards:
-            with np.load(shard) as part:
-                kept = part[name][part["reasons"] == ""]
-            array[row : row + len(kept)] = kept
-            row += len(kept)
-        array.flush()
+            reasons_here, _, *arrays = _load_shard(shard, 4)
+            kept = reasons_here == ""
+            for file, array in zip(files, arrays):
+                (array if kept.all() else array[kept]).tofile(file)
     quarantine = pd.DataFrame({"image_path": image_paths, "reason": reasons}).query("reason != ''")
     quarantine.to_csv(joined / "quarantine.csv", index=False)
+
+
+def _load_shard(shard: Path, num_arrays: int) -> list[np.ndarray]:
+    """Read the first arrays of what `decode_shard` wrote."""
+    with open(shard, "rb") as file:
+        return [np.load(file) for _ in range(num_arrays)]
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -308,7 +321,76 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     return -(-num_rows // batch_size)
 
 
-def batches(
+class _AtWork:
+    """Counts the batches that are being made, so that the interpreter can end between them.
+
+    A dataset without end that is still there when Python ends makes batches ahead: one that is under way then would
+    wait for an interpreter that waits for it. From that moment on batches are empty, which fills the queues at once.
+    """
+
+    def __init__(self):
+        self._changed, self._count, self._closing = threading.Condition(), 0, False
+
+    def __enter__(self) -> bool:
+        with self._changed:
+            self._count += 1
+            return self._closing
+
+    def __exit__(self, *_):
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def close(self):
+        with self._changed:
+            self._closing = True
+            self._changed.wait_for(lambda: not self._count)
+        time.sleep(0.1)  # for the queues
+
+
+_at_work = _AtWork()
+atexit.register(_at_work.close)
+
+
+def numbered_dataset(make: Callable[[int], object], signature, *, first: int = 0, count: int | None = None):
+    """Make a `tf.data.Dataset` of what a function makes of a batch's number, two batches at once and two ahead.
+
+    Args:
+        make: number -> nested dicts and tuples of arrays; called from several threads.
+        signature: `tf.TensorSpec` of each array, nested alike.
+        first: number of the first batch.
+        count: of batches; None for no end.
+
+    Returns:
+        Dataset, in the order of numbers.
+    """
+    import tensorflow as tf
+
+    # Not `from_generator`: it has the C library give back every array's memory, which costs half of the speed.
+    specs = tf.nest.flatten(signature)
+
+    def arrays_of(number):
+        with _at_work as closing:
+            if closing:
+                return [np.zeros([size or 0 for size in one.shape], one.dtype.as_numpy_dtype) for one in specs]
+            return tf.nest.flatten(make(int(number)))
+
+    def batch_of(number):
+        arrays = tf.numpy_function(arrays_of, [number], [one.dtype for one in specs])
+        for array, spec in zip(arrays, specs):
+            array.set_shape(spec.shape)
+        return tf.nest.pack_sequence_as(signature, arrays)
+
+    numbers = tf.data.Dataset.counter(first) if count is None else tf.data.Dataset.range(first, first + count)
+    found = numbers.map(batch_of, num_parallel_calls=_AT_ONCE).prefetch(_AT_ONCE)
+    # There is nothing to tune, and tf.data's autotuner sleeps ever longer, and may not wake where a dataset ends:
+    # `predict` and `evaluate` then stand still for up to as long as they took.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return found.with_options(options)
+
+
+def training_dataset(
     images_: np.ndarray,
     rows: np.ndarray,
     targets: np.ndarray,
@@ -317,10 +399,10 @@ def batches(
     seed: int,
     first_epoch: int = 0,
     **options,
-) -> Iterator[tuple]:
-    """Yield the training batches of epoch `first_epoch`, the next, and so on without end, some made ahead in threads.
+):
+    """Make a `tf.data.Dataset` of the batches of epoch `first_epoch`, the next, and so on without end.
 
-    See `batch` for the arguments and further `options`.
+    Use it with `steps_per_epoch`. See `batch` for the arguments and further `options`.
     """
     steps = steps_per_epoch(len(rows), batch_size)
 
@@ -328,24 +410,8 @@ def batches(
         epoch, index = divmod(number, steps)
         return batch(images_, rows, targets, seed=seed, epoch=epoch, index=index, batch_size=batch_size, **options)
 
-    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="batches") as pool:
-        number = first_epoch * steps
-        pending = [pool.submit(make, number + ahead) for ahead in range(_AHEAD)]
-        while True:
-            pending.append(pool.submit(make, number + len(pending)))
-            yield pending.pop(0).result()
-            number += 1
-
-
-def training_dataset(images_: np.ndarray, rows: np.ndarray, targets: np.ndarray, **options):
-    """Wrap `batches` in a `tf.data.Dataset` without end; use it with `steps_per_epoch`."""
-    import tensorflow as tf
-
     signature = _signature(images_, rows, options.get("beside"), targets, options.get("weights"))
-    dataset = tf.data.Dataset.from_generator(
-        lambda: batches(images_, rows, targets, **options), output_signature=signature
-    )
-    return dataset.prefetch(2)
+    return numbered_dataset(make, signature, first=first_epoch * steps)
 
 
 def evaluation_dataset(
@@ -369,18 +435,15 @@ def evaluation_dataset(
     Returns:
         Dataset of images (batch, height, width, 1), or of dicts as in `batch`, with targets and weights if given.
     """
-    import tensorflow as tf
 
-    def generate():
-        for start in range(0, len(rows), batch_size):
-            here = slice(start, start + batch_size)
-            inputs = _inputs(images_[rows[here]][..., None], beside, rows[here])
-            others = [values[here] for values in (targets, weights) if values is not None]
-            yield (inputs, *others) if others else inputs
+    def make(index):
+        here = slice(index * batch_size, (index + 1) * batch_size)
+        inputs = _inputs(images_[rows[here]][..., None], beside, rows[here])
+        others = [values[here] for values in (targets, weights) if values is not None]
+        return (inputs, *others) if others else inputs
 
     signature = _signature(images_, rows, beside, targets, weights)
-    dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
-    return dataset.apply(tf.data.experimental.assert_cardinality(steps_per_epoch(len(rows), batch_size))).prefetch(2)
+    return numbered_dataset(make, signature, count=steps_per_epoch(len(rows), batch_size))
 
 
 def datasets_of(

@@ -45,24 +45,37 @@ def test_encode_slices_killed_call_goes_on_with_what_is_missing(tmp_path, monkey
     asked = []
     predict = encoder.predict
 
-    def counted(slices, **options):
+    def counted(batches, **options):
+        asked.append(sum(map(len, batches)))
+        return predict(batches, **options)
+
+    def killed(batches, **options):
         if len(asked) == 2:
             raise KeyboardInterrupt
-        asked.append(len(slices))
-        return predict(slices, **options)
+        return counted(batches, **options)
 
-    monkeypatch.setattr(encoder, "predict", counted)
+    monkeypatch.setattr(encoder, "predict", killed)
     with pytest.raises(KeyboardInterrupt):
         embeddings.encode_slices(encoder, *_given(volumes), tmp_path, progress=False)
     assert not (tmp_path / "features.npy").exists()
     asked.clear()
-    monkeypatch.setattr(encoder, "predict", lambda slices, **options: (asked.append(len(slices)), predict(slices))[1])
+    monkeypatch.setattr(encoder, "predict", counted)
     values = embeddings.encode_slices(encoder, *_given(volumes), tmp_path, progress=False)
     assert asked == [4, 1]
     np.testing.assert_allclose(values, _expected(volumes), rtol=1e-5)
     asked.clear()
     embeddings.encode_slices(encoder, *_given(volumes), tmp_path, progress=False)
     assert asked == [] and [path.name for path in tmp_path.glob("[!.]*")] == ["features.npy"]
+
+
+def test_encode_slices_has_batches_that_are_not_tuned(tmp_path, monkeypatch):
+    # Where a dataset ends, tf.data's autotuner may hold `predict` up for seconds.
+    encoder, given = _encoder(), []
+    predict = encoder.predict
+    monkeypatch.setattr(encoder, "predict", lambda batches, **options: (given.append(batches), predict(batches))[1])
+    embeddings.encode_slices(encoder, *_given(_volumes((3, 4))), tmp_path, batch_size=3, progress=False)
+    assert [dataset.options().autotune.enabled for dataset in given] == [False]
+    assert [len(batch) for batch in given[0]] == [3, 3, 1]
 
 
 def test_encode_slices_of_no_series_is_refused(tmp_path):

@@ -88,7 +88,7 @@ def test_decode_interrupted_goes_on_with_the_missing_shards(tree, monkeypatch):
     monkeypatch.setattr(images, "read", stops_at_13)
     with pytest.raises(KeyboardInterrupt):
         _decode(tree, jobs=1)
-    assert len(list(paths.cache_root().glob("*.building/*.npz"))) == 3
+    assert len(list(paths.cache_root().glob("*.building/*.npy"))) == 3
     seen.clear()
     monkeypatch.setattr(images, "read", lambda path, **options: (seen.append(path), read(path, **options))[1])
     np.testing.assert_array_equal(_decode(tree, jobs=1).images, whole)
@@ -161,7 +161,7 @@ def test_decode_shard_that_is_lost_before_the_end_is_made_again(tree, monkeypatc
 
     def loses_the_first(shard, *arguments):
         if shard.name.startswith("000000010") and not lost:
-            lost.append(shard.with_name("000000000.npz"))
+            lost.append(shard.with_name("000000000.npy"))
             lost[0].unlink()
         return decode_shard(shard, *arguments)
 
@@ -200,16 +200,16 @@ def test_decode_killed_goes_on_with_the_missing_shards(tmp_path, rng):
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(paths.cache_root().glob("*.building/0*.npz")):
+    while not list(paths.cache_root().glob("*.building/0*.npy")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -9
-    finished = {path: path.stat().st_mtime_ns for path in paths.cache_root().glob("*.building/0*.npz")}
-    assert 0 < len(finished) < 4
+    finished = {path: path.stat().st_mtime_ns for path in paths.cache_root().glob("*.building/0*.npy")}
+    shards = 1024 // pipelines.SHARD_ROWS
+    assert 0 < len(finished) < shards
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    share = 100 * len(finished) // 4
-    assert f"{share}%" in said and said.splitlines()[-1] == "1024 0"
+    assert f"{100 * len(finished) / shards:.0f}%" in said and said.splitlines()[-1] == "1024 0"
     assert [path.suffix for path in paths.cache_root().glob("[!.]*")] == [""]
 
 
@@ -225,9 +225,13 @@ def arrays(rng):
     return rng.integers(0, 256, (30, 8, 8), dtype=np.uint8), np.arange(3, 30, 2), np.eye(14, dtype=np.float32)
 
 
+def _batches(*arrays, **options):
+    return pipelines.training_dataset(*arrays, **options).as_numpy_iterator()
+
+
 def test_batches_show_every_row_once_an_epoch_in_a_new_order(arrays):
     images_, rows, targets = arrays
-    stream = pipelines.batches(images_, rows, targets, batch_size=4, seed=0)
+    stream = _batches(images_, rows, targets, batch_size=4, seed=0)
     epochs = [[*itertools.islice(stream, 4)] for _ in range(2)]
     orders = [np.concatenate([y.argmax(axis=1) for _, y in epoch]) for epoch in epochs]
     assert [len(y) for _, y in epochs[0]] == [4, 4, 4, 2]
@@ -240,8 +244,8 @@ def test_batches_show_every_row_once_an_epoch_in_a_new_order(arrays):
 def test_batches_resumed_epoch_sees_the_same_pixels(arrays):
     images_, rows, targets = arrays
     options = {"batch_size": 4, "seed": 5, "augment": augment.build(("flip", "noise", "rotate"), (8, 8))}
-    through = list(itertools.islice(pipelines.batches(images_, rows, targets, **options), 12))[8:]
-    resumed = list(itertools.islice(pipelines.batches(images_, rows, targets, first_epoch=2, **options), 4))
+    through = list(itertools.islice(_batches(images_, rows, targets, **options), 12))[8:]
+    resumed = list(itertools.islice(_batches(images_, rows, targets, first_epoch=2, **options), 4))
     for (pixels, y), (again, y_again) in zip(through, resumed, strict=True):
         np.testing.assert_array_equal(pixels, again)
         np.testing.assert_array_equal(y, y_again)
@@ -262,9 +266,7 @@ def test_training_and_evaluation_dataset_shapes_and_types(arrays):
 def test_batches_with_further_inputs_keep_them_beside_their_images(arrays):
     images_, rows, targets = arrays
     beside = {"patient": np.arange(30, dtype=np.float32)[:, None] * [1, np.nan]}
-    for inputs, y in itertools.islice(
-        pipelines.batches(images_, rows, targets, batch_size=4, seed=0, beside=beside), 8
-    ):
+    for inputs, y in itertools.islice(_batches(images_, rows, targets, batch_size=4, seed=0, beside=beside), 8):
         chosen = rows[y.argmax(axis=1)]
         np.testing.assert_array_equal(inputs["image"][..., 0], images_[chosen])
         np.testing.assert_array_equal(inputs["patient"], beside["patient"][chosen])
@@ -280,7 +282,7 @@ def test_batches_with_weights_keep_them_beside_their_images_over_epochs(arrays):
     weights = np.linspace(0.1, 1, 14, dtype=np.float32)
     options = {"batch_size": 4, "seed": 0, "augment": augment.build(("flip",), (8, 8)), "weights": weights}
     seen = []
-    for pixels, y, w in itertools.islice(pipelines.batches(images_, rows, targets, **options), 8):
+    for pixels, y, w in itertools.islice(_batches(images_, rows, targets, **options), 8):
         chosen = y.argmax(axis=1)
         np.testing.assert_array_equal(w, weights[chosen])
         for image, row in zip(pixels[..., 0], rows[chosen], strict=True):
@@ -356,3 +358,30 @@ def test_predict_files_further_inputs_are_those_of_the_readable_files(tree):
     told = table["p_number"].drop("i 3.png")
     assert told.tolist() == [float(name.split()[1].removesuffix(".png")) for name in told.index]
     assert np.isnan(table.loc["i 3.png", "p_number"]) and "empty" in table.loc["i 3.png", "error"]
+
+
+_ENDS = """
+import numpy as np
+from kerasmed import augment, pipelines
+images = np.zeros((640, 224, 224), np.uint8)
+options = {"batch_size": 32, "seed": 0, "augment": augment.build(("flip", "noise", "rotate"), (224, 224))}
+batches = iter(pipelines.training_dataset(images, np.arange(640), np.zeros(640), **options))
+next(batches)
+print("done")
+"""
+
+
+def test_training_dataset_that_is_under_way_does_not_keep_python_from_ending():
+    # Without end, it makes batches ahead while the interpreter goes.
+    done = subprocess.run([sys.executable, "-c", _ENDS], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_training_dataset_passes_on_what_went_wrong(arrays):
+    images_, rows, targets = arrays
+
+    def broken(images_, seed):
+        raise ValueError("no such picture")
+
+    with pytest.raises(Exception, match="no such picture"):
+        next(iter(pipelines.training_dataset(images_, rows, targets, batch_size=4, seed=0, augment=broken)))

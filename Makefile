@@ -1,9 +1,10 @@
 # make demo: install into .venv and run the notebooks on synthetic data.   make test: the quick tests.
+# make bench: measure what benchmarks/results.md claims, in an environment of its own, as the peers are large.
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint bench clean
 
 demo: .venv/installed
 	$(BIN)/kerasmed run all --profile demo
@@ -30,5 +31,13 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet --editable .[dev]
 	touch $@
 
+bench: .venv-bench/installed
+	.venv-bench/bin/python benchmarks/run.py
+
+.venv-bench/installed: requirements.txt requirements-bench.txt pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --requirement requirements-bench.txt --editable .
+	touch $@
+
 clean:
-	rm -rf .venv data/.cache
+	rm -rf .venv .venv-bench data/.cache

@@ -88,6 +88,22 @@ def faster(
     return Row(name, own, other, unit, own / other, "", min(ratios), max(ratios), "at least", at_least, checked, limit)
 
 
+def higher(
+    name: str,
+    ours: Sequence[float],
+    peer: Sequence[float],
+    *,
+    unit: str,
+    at_least: float,
+    checked: str,
+    limit: str = "",
+) -> Row:
+    """Make the row of a claim on quality: how many times as high a score ours has; one of each in a round."""
+    ratios = [own / other for own, other in zip(ours, peer, strict=True)]
+    own, other = statistics.median(ours), statistics.median(peer)
+    return Row(name, own, other, unit, own / other, "", min(ratios), max(ratios), "at least", at_least, checked, limit)
+
+
 def shorter(
     name: str, ours: Sequence[float], peer: Sequence[float], *, at_most: float, checked: str, limit: str = ""
 ) -> Row:

@@ -6,7 +6,6 @@ recipes have, are OpenCV's own operations with parameters drawn here; the rest a
 cost twice as much an image.
 """
 
-import itertools
 import threading
 from collections.abc import Callable, Sequence
 
@@ -110,10 +109,7 @@ def build(names: Sequence[str], image_size: tuple[int, int]) -> Callable[[np.nda
         raise ValueError(f"augmentation {unknown} is unknown; known are {', '.join(NAMES)}.")
     if not names:
         return None
-    steps = []
-    for is_own, part in itertools.groupby(names, key=_CHANGES.__contains__):
-        part = list(part)
-        steps += [_step(*_CHANGES[name]) for name in part] if is_own else [_library_step(part, image_size)]
+    steps = [_step(*_CHANGES[name]) if name in _CHANGES else _library_step(name, image_size) for name in names]
 
     def augment(images: np.ndarray, seed: int) -> np.ndarray:
         generator, images = np.random.default_rng(seed), images.copy()
@@ -136,14 +132,15 @@ def _step(probability, change):
     return step
 
 
-def _library_step(names, image_size):
-    """Function of a batch, in place: the transforms of Albumentations that have these names, in order."""
-    available, local = _transforms(image_size), threading.local()
+def _library_step(name, image_size):
+    """Function of a batch, in place: the transforms of Albumentations that have this name."""
+    local = threading.local()
 
     def step(images, generator):
-        # A pipeline holds its random generator, so each thread has its own and seeds it for every batch.
+        # A pipeline holds its random generators, so each thread has its own and seeds it for every batch. A seed is
+        # that of each transform in it: transforms of several names would be done together, or not at all.
         if not hasattr(local, "compose"):
-            local.compose = A.Compose([transform for name in names for transform in available[name]()])
+            local.compose = A.Compose(_transforms(image_size)[name]())
         local.compose.set_random_seed(int(generator.integers(2**31)))
         for row, image in enumerate(images):
             images[row] = local.compose(image=image)["image"]

@@ -221,6 +221,16 @@ def test_build_noise_takes_each_grey_level_as_often_as_albumentations():
     assert np.arange(256) @ counts[0] == pytest.approx(100, abs=0.03) and counts[0][100] > 0.15
 
 
+@pytest.mark.parametrize("names", [("flip", "flip_vertical"), ("shear", "scale_wide"), ("cutout", "flip", "crop")])
+def test_build_names_of_a_recipe_are_drawn_each_for_itself(names, rng):
+    batch = rng.integers(0, 256, (8, 32, 24), dtype=np.uint8)
+    recipe = augment.build(names, (32, 24))
+    unchanged = np.stack([(recipe(batch, seed) == batch).all(axis=(1, 2)) for seed in range(200)])
+    # By place in the batch: 200 draws at 0.25 or 0.125 each, four standard deviations.
+    expected = 0.5 ** len(names)
+    np.testing.assert_allclose(unchanged.mean(axis=0), expected, atol=4 * np.sqrt(expected * (1 - expected) / 200))
+
+
 def test_build_on_several_threads_gives_the_same_pixels(rng):
     batch = rng.integers(0, 256, (32, 64, 64), dtype=np.uint8)
     recipe = augment.build(("flip", "noise", "rotate", "shift"), (64, 64))

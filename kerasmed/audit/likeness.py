@@ -1,11 +1,11 @@
 """Who resembles whom: correlation of thumbnails, perceptual hashes, and an exact search among millions of pairs."""
 
 import itertools
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.fft import dctn
+from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -23,8 +23,10 @@ HASH_DISTANCE = 7
 BLACK = 3
 CONSTANT_STD = 1.0  # grey levels
 _CHUNKS = 4  # of 16 bits: hashes that differ in at most 7 bits agree in one of them but for at most one bit
+_ONE_BIT = tuple(1 << bit for bit in range(16))
 _BLOCK = 2048
-_PAIRS_AT_ONCE = 2**21
+_PAIRS_AT_ONCE = 2**16  # as fit into a processor's cache
+_PAIRS_OF_A_BLOCK = 2**12  # compared in one go; fewer are not worth the calls
 
 
 def standardize(thumbnails: np.ndarray) -> np.ndarray:
@@ -205,7 +207,9 @@ def hash_pairs(hashes: np.ndarray, *, max_distance: int = HASH_DISTANCE) -> tupl
     """Find every pair of hashes that differ in at most some bits, without comparing all pairs.
 
     A hash is cut into four chunks of 16 bits. If two differ in at most 7 bits, one of the chunks differs in at most
-    one (in at most 3: in none): so only hashes with an equal or a one-bit-off chunk are compared. No pair is missed.
+    one (in at most 3: in none): so only hashes with an equal or a one-bit-off chunk are compared. In at most 6, one of
+    three chunks differs in at most one bit, or the fourth is equal; and hashes with both an even or both an odd number
+    of ones, as nearly all perceptual hashes, differ in an even number of bits. No pair is missed.
 
     Args:
         hashes: uint64 array, shape (num_images,).
@@ -224,46 +228,124 @@ def hash_pairs(hashes: np.ndarray, *, max_distance: int = HASH_DISTANCE) -> tupl
     hashes = np.asarray(hashes, np.uint64)
     if len(hashes) < 2:
         return np.zeros(0, int), np.zeros(0, int)
-    flips = [1 << bit for bit in range(16)] if max_distance >= _CHUNKS else []
-    found = [pairs for chunk in _chunks(hashes).T for pairs in _chunk_pairs(hashes, chunk, flips, max_distance)]
-    codes = np.unique(np.concatenate(found)) if found else np.zeros(0, int)
-    return codes // len(hashes), codes % len(hashes)
+    codes = []
+    with np.errstate():  # whose end resets the size of numpy's buffer
+        np.setbufsize(256)  # else it copies each row of a block that is shorter, at three times the cost
+        for place, chunk in enumerate(_chunks(hashes)):
+            # Of d bits, one of the first d - 3 chunks differs in at most one, or one of the others in none.
+            even, odd = (place < max_distance - (max_distance + end) % 2 - 3 for end in (0, 1))
+            keys, flips = chunk.astype(np.uint32), [0, *(_ONE_BIT if even else ())]
+            if even != odd:  # told apart by a 17th bit
+                keys |= (np.bitwise_count(hashes) & np.uint8(1)).astype(np.uint32) << np.uint32(16)
+                flips += [flip | 1 << 16 for flip in (0, *(_ONE_BIT if odd else ()))]
+            codes.append(_chunk_pairs(hashes, keys, np.array(flips), max_distance))
+    codes = np.concatenate(codes)
+    codes.sort()  # `np.unique` is many times slower where there are a million
+    codes = codes[np.diff(codes, prepend=-1) > 0]
+    return codes >> 32, codes & 0xFFFFFFFF
 
 
 def _chunks(hashes: np.ndarray) -> np.ndarray:
-    """Cut hashes into chunks that tell them apart equally well: int64 (num_images, 4), each of 16 bits.
+    """Cut hashes into chunks that tell them apart equally well: uint16 (4, num_images).
 
-    Bits that are nearly always 0, or 1, tell little: in a chunk that has many of them, most pairs would agree.
+    Bits that are nearly always 0, or 1, tell little, and so do bits that go together: in a chunk that has many of them,
+    most pairs would agree.
     """
-    bits = np.unpackbits(hashes.astype(">u8").view(np.uint8).reshape(-1, 8), axis=1)
-    order = np.argsort(np.abs(bits.mean(axis=0) - 0.5), kind="stable").reshape(16, _CHUNKS)
-    order[1::2] = order[1::2, ::-1]  # dealt out forth and back
-    return np.packbits(bits[:, order.T], axis=2).view(">u2").reshape(-1, _CHUNKS).astype(np.int64)
+    sample = hashes[:: -(-len(hashes) // 8192)]
+    bits = np.packbits(sample >> np.arange(64, dtype=np.uint64)[:, None] & np.uint64(1), axis=1)
+    both = np.array([np.bitwise_count(bit & bits).sum(axis=1) for bit in bits]) / len(sample)
+    rates = both.diagonal()
+    spread = np.outer(rates * (1 - rates), rates * (1 - rates))
+    alike = np.divide((both - np.outer(rates, rates)) ** 2, spread, out=np.zeros((64, 64)), where=spread > 0)
+    dealt = np.zeros((16, _CHUNKS), int)
+    for row, four in enumerate(np.argsort(np.abs(rates - 0.5), kind="stable").reshape(dealt.shape)):
+        # One to each chunk, so that each finds as little of its like as may be.
+        dealt[row] = four[linear_sum_assignment(alike[four][:, dealt[:row]].sum(axis=1).T)[1]]
+    chunks = np.zeros((_CHUNKS, len(hashes)), np.uint16)
+    for place, row in enumerate(dealt):
+        for chunk, bit in zip(chunks, row.astype(np.uint64)):
+            chunk |= (hashes >> bit & np.uint64(1)).astype(np.uint16) << np.uint16(place)
+    return chunks
 
 
-def _chunk_pairs(
-    hashes: np.ndarray, chunk: np.ndarray, flips: Sequence[int], max_distance: int
-) -> Iterator[np.ndarray]:
-    """Yield the near pairs of hashes whose chunks are equal or differ by a flip, as first * num_hashes + second."""
-    order = np.argsort(chunk, kind="stable")
-    ordered, keys = hashes[order], chunk[order]
-    count = np.bincount(keys, minlength=1 << 16)
+def _chunk_pairs(hashes: np.ndarray, keys: np.ndarray, flips: np.ndarray, max_distance: int) -> np.ndarray:
+    """Return the near pairs of hashes whose keys, of 17 bits, differ by one of the flips, as first << 32 | second."""
+    order = np.argsort(keys.astype(np.uint16), kind="stable")  # numpy is quick to sort numbers of 16 bits
+    order = order[np.argsort((keys[order] >> 16).astype(np.uint16), kind="stable")]
+    count = np.bincount(keys, minlength=1 << 17)
     start = np.cumsum(count) - count
-    place = np.arange(len(keys))
-    for flip in (0, *flips):
-        other = keys ^ flip
-        # Each unordered pair of buckets once: partners lie after a hash in its own bucket, or in the higher bucket.
-        first = start[other] if flip else place + 1
-        partners = np.where(other >= keys, start[other] + count[other] - first, 0)
-        ends = np.cumsum(partners)
-        full = np.searchsorted(ends, np.arange(_PAIRS_AT_ONCE, ends[-1] + _PAIRS_AT_ONCE, _PAIRS_AT_ONCE)) + 1
-        for low, high in itertools.pairwise([0, *np.minimum(full, len(keys)).tolist()]):
-            repeats = partners[low:high]
-            left = np.repeat(place[low:high], repeats)
-            right = np.arange(len(left)) + np.repeat(first[low:high] - np.cumsum(repeats) + repeats, repeats)
-            near = np.bitwise_count(ordered[left] ^ ordered[right]) <= max_distance
-            one, two = order[left[near]], order[right[near]]
-            yield np.minimum(one, two) * len(hashes) + np.maximum(one, two)
+    keys = np.flatnonzero(count)
+    others = keys[:, None] ^ flips
+    # Each unordered pair of buckets once: a bucket is compared with itself and with higher ones.
+    partners = np.where(others >= keys[:, None], count[others], 0)
+    is_block = partners.sum(axis=1) * count[keys] >= _PAIRS_OF_A_BLOCK
+    codes = []
+    for find, chosen in ((_near_of_blocks, is_block), (_near_of_rows, ~is_block)):
+        if chosen.any():
+            buckets = start[keys[chosen]], count[keys[chosen]], start[others[chosen]], partners[chosen]
+            for places in find(hashes[order], *buckets, max_distance):
+                one, other = (order[place] for place in places)
+                codes.append(np.minimum(one, other) << 32 | np.maximum(one, other))
+    return np.concatenate(codes)
+
+
+def _near_of_blocks(hashes, start, count, first, partners, max_distance):
+    """Compare each bucket with itself and its others at once: for few buckets of many hashes.
+
+    Args:
+        hashes: in the order of buckets.
+        start, count: of each bucket, shape (num_buckets,).
+        first, partners: start and count of what it is compared with, itself first, shape (num_buckets, num_flips).
+        max_distance: bits.
+
+    Yields:
+        Two int arrays (num_near,): places of near pairs; first < second.
+    """
+    places = _ranges(first.ravel(), partners.ravel())
+    there = hashes[places]
+    width = partners.sum(axis=1)
+    blocks, near = [], []
+    for low, high, end, size in zip(*(a.tolist() for a in (start, start + count, np.cumsum(width), width))):
+        step = max(1, _PAIRS_AT_ONCE // size)
+        for row in range(low, high, step):
+            begin = end - size + row - low  # its own earlier hashes were compared with this one
+            different = hashes[row : min(row + step, high), None] ^ there[begin:end]
+            near.append(np.flatnonzero(np.bitwise_count(different) <= max_distance))
+            blocks.append((row, begin, end - begin))
+    row, begin, size = np.repeat(np.array(blocks).T, [len(each) for each in near], axis=1)
+    left, right = np.divmod(np.concatenate(near).astype(np.uint32), size.astype(np.uint32))
+    one, other = row + left, places[begin + right]
+    once = one < other  # partners lie after a hash in its own bucket, or in a higher bucket
+    yield one[once], other[once]
+
+
+def _near_of_rows(hashes, start, count, first, partners, max_distance):
+    """Compare each hash with those of its bucket and of the others: for many buckets of few; as `_near_of_blocks`."""
+    bucket, flip = np.nonzero(partners)
+    repeats = count[bucket]
+    rows = _ranges(start[bucket], repeats)
+    first, partners = np.repeat(first[bucket, flip], repeats), np.repeat(partners[bucket, flip], repeats)
+    own = np.repeat(flip == 0, repeats)
+    partners -= np.where(own, rows + 1 - first, 0)  # of its own bucket those after it
+    first = np.where(own, rows + 1, first)
+    ends = np.cumsum(partners)
+    shift = first - ends + partners
+    full = np.searchsorted(ends, np.arange(_PAIRS_AT_ONCE, ends[-1] + _PAIRS_AT_ONCE, _PAIRS_AT_ONCE)) + 1
+    for low, high in itertools.pairwise([0, *np.minimum(full, len(rows)).tolist()]):
+        begin = ends[low] - partners[low]
+        places = np.repeat(shift[low:high], partners[low:high])
+        places += np.arange(begin, begin + len(places))
+        different = np.repeat(hashes[rows[low:high]], partners[low:high])
+        different ^= hashes[places]
+        near = np.flatnonzero(np.bitwise_count(different) <= max_distance)
+        yield rows[low + np.searchsorted(ends[low:high] - begin, near, side="right")], places[near]
+
+
+def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Count upwards from each of some numbers, `count` times: (3, 7), (2, 1) -> 3, 4, 7."""
+    numbers = np.repeat(first - np.cumsum(count) + count, count)
+    numbers += np.arange(len(numbers))
+    return numbers
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------

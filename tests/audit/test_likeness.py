@@ -239,6 +239,24 @@ def test_hash_pairs_few_at_once_equal_all_at_once(rng, monkeypatch):
         np.testing.assert_array_equal(audit.hash_pairs(hashes), whole)
 
 
+@pytest.mark.parametrize("max_distance", [0, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("num_ones", ["any", "even"])
+def test_hash_pairs_by_blocks_and_by_rows_equal_brute_force(num_ones, max_distance, rng, monkeypatch):
+    hashes = _hashes("clustered", 1000, rng)
+    if num_ones == "even":
+        hashes ^= np.bitwise_count(hashes).astype(np.uint64) & np.uint64(1)
+    expected = _brute_force(hashes, max_distance)
+    for least in (1, 100, 10**9):
+        monkeypatch.setattr(likeness, "_PAIRS_OF_A_BLOCK", least)
+        np.testing.assert_array_equal(audit.hash_pairs(hashes, max_distance=max_distance), expected)
+
+
+def test_hash_pairs_leave_the_size_of_numpys_buffer():
+    before = np.getbufsize()
+    audit.hash_pairs(np.arange(100, dtype=np.uint64))
+    assert np.getbufsize() == before
+
+
 def test_hash_pairs_by_hand():
     hashes = np.array([0, 0b1111111, 0b11111111, 2**64 - 1], np.uint64)  # 7 and 8 bits from the first, 1 apart
     assert [side.tolist() for side in audit.hash_pairs(hashes)] == [[0, 1], [1, 2]]

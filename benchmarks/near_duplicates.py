@@ -131,8 +131,8 @@ def run():
         seconds["quarter"],
         at_most=6,
         checked="all pairs of the larger equal to the brute force's",
-        limit="Hashes of radiographs crowd: in one pair of images of fifty a chunk is equal or one bit off, so that they "
-        "are compared; four times the images have sixteen times as many such pairs, and fifteen times as many results.",
+        limit="Hashes of radiographs crowd: in one pair of images of fifty a chunk is equal or one bit off, so that "
+        "they are compared; four times the images have sixteen times as many such pairs, fifteen times the results.",
     )
 
 

@@ -279,7 +279,7 @@ def _chunk_pairs(hashes: np.ndarray, keys: np.ndarray, flips: np.ndarray, max_di
     # Each unordered pair of buckets once: a bucket is compared with itself and with higher ones.
     partners = np.where(others >= keys[:, None], count[others], 0)
     is_block = partners.sum(axis=1) * count[keys] >= _PAIRS_OF_A_BLOCK
-    codes = []
+    codes = [np.zeros(0, int)]  # where no two hashes are to be compared
     for find, chosen in ((_near_of_blocks, is_block), (_near_of_rows, ~is_block)):
         if chosen.any():
             buckets = start[keys[chosen]], count[keys[chosen]], start[others[chosen]], partners[chosen]

@@ -251,6 +251,16 @@ def test_hash_pairs_by_blocks_and_by_rows_equal_brute_force(num_ones, max_distan
         np.testing.assert_array_equal(audit.hash_pairs(hashes, max_distance=max_distance), expected)
 
 
+def test_hash_pairs_of_few_hashes_equal_brute_force(rng):
+    for count in range(2, 40):
+        spread, alike = rng.integers(0, 2**64, count, dtype=np.uint64), rng.integers(0, 2**12, count, dtype=np.uint64)
+        for hashes in (spread, alike, spread[:1].repeat(count)):
+            for max_distance in range(8):
+                distance = np.bitwise_count(hashes[:, None] ^ hashes)
+                expected = np.nonzero(np.triu(distance <= max_distance, 1))
+                np.testing.assert_array_equal(likeness.hash_pairs(hashes, max_distance=max_distance), expected)
+
+
 def test_hash_pairs_leave_the_size_of_numpys_buffer():
     before = np.getbufsize()
     audit.hash_pairs(np.arange(100, dtype=np.uint64))

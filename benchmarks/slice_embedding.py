@@ -4,7 +4,7 @@ Sixteen made-up series of 8 to 30 grey slices of 224×224, each a `.npy` file th
 lumbar system reads them. Slice by slice, eager, is `model(slice[None], training=False)` in a loop over the series, on
 the first 24 slices, as seconds a slice: the loop that notebooks on volumes usually have. `encoder.predict` is given all
 slices in one array, gathered before, in batches of 64: the quickest that Keras does, with nothing read and nothing
-written (in many rounds it stands still for seconds, where its dataset ends). Ours reads the series and writes the
+written (now and then it stands still for seconds, where its dataset ends). Ours reads the series and writes the
 features into an empty folder in every round.
 """
 

@@ -329,11 +329,12 @@ class _AtWork:
     """
 
     def __init__(self):
-        self._changed, self._count, self._closing = threading.Condition(), 0, False
+        self._changed, self._count, self._closing, self._used = threading.Condition(), 0, False, False
 
     def __enter__(self) -> bool:
         with self._changed:
             self._count += 1
+            self._used = True
             return self._closing
 
     def __exit__(self, *_):
@@ -345,7 +346,8 @@ class _AtWork:
         with self._changed:
             self._closing = True
             self._changed.wait_for(lambda: not self._count)
-        time.sleep(0.1)  # for the queues
+        if self._used:
+            time.sleep(0.1)  # for the queues
 
 
 _at_work = _AtWork()

@@ -111,7 +111,7 @@ def look(cascade, files: Sequence) -> Look:
 @st.cache_resource(max_entries=1, show_spinner="Loading the networks …")
 def _load(folder: str, finished: str):
     """The cascade of a run that finished then, and a lock: sessions share the networks and take turns."""
-    environment.setup(seed=0)
+    environment.setup(seed=0, devices=[])  # one: batches are small
     from kerasmed.systems.brain import BrainCascade
 
     cascade = BrainCascade.load(Path(folder) / "cascade")
@@ -251,6 +251,11 @@ def _no_run(error: Exception):
     st.markdown("Then reload this page.")
 
 
+def _damaged_run(told: object):
+    st.error("The model cannot be loaded: its run is damaged. Make it anew with `kerasmed run --force`.")
+    st.text(plain(str(told), 600))
+
+
 def page():
     """Draw the page; Streamlit calls it anew at every change."""
     # Streamlit hands uploads on in memory, but the server below it writes those above 1 MB to a temporary file first.
@@ -266,6 +271,8 @@ def page():
     )
     try:
         run = runs.find("brain", NOTEBOOK, run=os.environ.get("KERASMED_RUN") or "auto")
+    except runs.Damaged as error:
+        return _damaged_run(error)
     except (OSError, ValueError) as error:
         return _no_run(error)
     finished = runs.status(run)["finished"]
@@ -273,8 +280,7 @@ def page():
         cascade, lock = _load(str(run), finished)
         _card(run, cascade)
     except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:  # what broken files raise
-        st.error("The model cannot be loaded: its run is damaged. Make it anew with `kerasmed run --force`.")
-        return st.text(f"{run}: {plain(str(error), 600)}")
+        return _damaged_run(f"{run}: {error}")
     files = st.file_uploader(
         "Slices of **one** person: PNG, JPEG or DICOM",
         accept_multiple_files=True,

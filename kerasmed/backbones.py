@@ -15,8 +15,6 @@ import logging
 import os
 import threading
 import urllib.request
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +24,7 @@ import keras
 import numpy as np
 from tqdm import tqdm
 
-from kerasmed import runs
+from kerasmed import atomic, saved_models
 from kerasmed.layers import BATCH_NORM_MOMENTUM, Preprocessing
 from kerasmed.parameters import refuse
 
@@ -349,9 +347,9 @@ def read_tensors(path: str | os.PathLike) -> list[tuple[str, list[np.ndarray]]]:
     path = Path(path)
     if path.suffix == ".keras":
         try:
-            model = keras.saving.load_model(path, compile=False, safe_mode=True)
-        except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise WeightsError(f"{path} cannot be read as a whole .keras model: {error}") from error
+            model = saved_models.read(path, compile=False)
+        except ValueError as error:
+            raise WeightsError(str(error)) from error
         return [(layer.name, layer.get_weights()) for layer in _up_to_pool(model)]
     try:
         with h5py.File(path, "r") as file:
@@ -433,7 +431,7 @@ def fetch(name: str, *, time_limit: float = 600.0) -> Path:
     logger.info("downloading %s to %s", backbone.url, path.parent)
     try:
         content = _download(backbone.url, time_limit)
-        with runs.whole(path) as temporary:
+        with atomic.whole(path) as temporary:
             temporary.write_bytes(content)
             if not _is_sound(temporary, backbone.md5):
                 raise OSError(f"the {len(content)} bytes received have a wrong checksum or are no HDF5")

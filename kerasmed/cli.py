@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from kerasmed import __version__, data_commands
+from kerasmed import __version__, data_commands, export_command
 from kerasmed.data_commands import ROOT_OPTIONS, usage
 
 
@@ -329,17 +329,22 @@ def predict(system, path, run_, out, models_root):
     """
     import importlib
 
-    from kerasmed import datasets, environment, runs
+    from kerasmed import atomic, datasets, environment, runs
 
     usage(datasets.reader, system)
-    environment.setup(seed=0)
+    environment.setup(seed=0, devices=[])  # one: batches are small
     recipe = importlib.import_module(f"kerasmed.systems.{system}")
     folder = _find_run(system, recipe, run_, models_root)
+    lost = runs.damaged(folder, models=True)
+    if lost:
+        raise click.ClickException(
+            f"{', '.join(lost)} of {folder} is damaged, or was changed after the run; repeat its command with --force."
+        )
     if runs.read_json(folder / "environment.json")["data_source"] == "synthetic":
         click.secho(
             f"warning: {folder.name} was trained on synthetic data; its answers mean nothing.", fg="red", err=True
         )
-    with runs.whole(out) as temporary:  # a place that cannot be written to is better found before the work
+    with atomic.whole(out) as temporary:  # a place that cannot be written to is better found before the work
         temporary.touch()
         table = usage(recipe.predict, folder, path, progress=sys.stderr.isatty())
         table.to_csv(temporary, index=False)
@@ -418,5 +423,5 @@ def collect(folder, html, csv, metric):
         click.echo(f"written to {path}")
 
 
-for command in (data_commands.data, data_commands.check, data_commands.audit):
+for command in (data_commands.data, data_commands.check, data_commands.audit, export_command.export):
     main.add_command(command)

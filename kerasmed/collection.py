@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from kerasmed import paths
-from kerasmed.runs import file_hash, read_json, status
+from kerasmed.runs import damaged, file_hash, kind_of, read_mapping, status
 
 # The columns of `collect`.
 COLLECTED = (
@@ -63,6 +63,7 @@ FLAGS = {
     NO_DRAWS: "The run holds no bootstrap draws of this figure, as those of earlier versions: it can be compared with "
     "others by their separate intervals only.",
 }
+_RELIED_ON = ("metrics.json", "summary.json", "draws.npz", "params.json", "environment.json")
 _UNTRUSTED = (OTHER_WEIGHTS, OLD_METRICS)
 _GATE_ERROR = re.compile(r"\b(GateError|LeakError):")
 
@@ -84,7 +85,7 @@ def collect(models_root=None) -> pd.DataFrame:
     """
     top = paths.models_root(models_root)
     found = {path.parent for depth in ("", "*/", "*/*/") for path in top.glob(f"{depth}status.json")}
-    states = {run: _state(run) for run in found}
+    states = {run: status(run) for run in found}
     order = sorted(found, key=lambda run: (str(states[run].get("started", "")), run))
     records = [_clean(record) for run in order for record in _records(run, states[run])]
     table = pd.DataFrame(records, columns=COLLECTED)
@@ -149,40 +150,6 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
 # --- reading one run -------------------------------------------------------------------------------------------------
 
 
-def _state(run: Path) -> dict:
-    """Read a run's status, whatever its file holds."""
-    try:
-        content = _mapping(run / "status.json")
-        if "status" not in content:
-            raise ValueError("it has no `status`")
-        if not isinstance(content["status"], str):
-            raise ValueError(f"its `status` is {_kind(content['status'])}, no text")
-        return status(run)
-    except ValueError as error:
-        return {"status": "unreadable", "error": f"status.json: {error}"}
-    except OSError as error:
-        return {"status": "unreadable", "error": f"status.json: {error.strerror}"}
-
-
-def _mapping(path: Path) -> dict:
-    """Read a JSON file that holds a mapping; of another content a ValueError says in words what it is."""
-    try:
-        content = read_json(path)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"it is no JSON: {error}" if path.stat().st_size else "it is empty") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds {_kind(content)}, no mapping")
-    return content
-
-
-def _kind(value) -> str:
-    """Name the kind of a JSON value."""
-    kinds = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
-
-
 def _records(run: Path, state: Mapping) -> list[dict]:
     """Rows of one run."""
     complete, flags = state["status"] == "complete", []
@@ -192,6 +159,11 @@ def _records(run: Path, state: Mapping) -> list[dict]:
     if complete and not (run / "summary.json").exists():
         content = _read(run / "metrics.json", flags, needed=True)
         rows = [] if content is None else _measured(run, content, flags)
+    lost = _changed(run) if complete else []
+    if lost:
+        flags.append(_flag(DAMAGED, f"{', '.join(lost)} (not as the run left it; its command makes it anew)"))
+    if "metrics.json" in lost:
+        rows = []
     sources = (state.get("data_source"), (content or {}).get("data_source"), environment.get("data_source"))
     common = {
         "run": run.name,
@@ -224,6 +196,14 @@ def _records(run: Path, state: Mapping) -> list[dict]:
         told = [*flags, NO_DRAWS] if paired_by is None else flags
         records.append({**common, **row, "row": number, "paired_by": paired_by, "flags": "; ".join(told)})
     return records
+
+
+def _changed(run: Path) -> list[str]:
+    """List the files that a table relies on and that are not as the run left them."""
+    try:
+        return damaged(run, only=_RELIED_ON)
+    except OSError:  # which reading them has told
+        return []
 
 
 def _measured(run: Path, content: Mapping, flags: list[str]) -> list[dict]:
@@ -261,7 +241,7 @@ def _as_text(value) -> str | None:
 def _read(path: Path, flags: list[str], *, needed: bool) -> dict | None:
     """Read a JSON file that holds a mapping; where it does not, add a flag and return None."""
     try:
-        return _mapping(path)
+        return read_mapping(path)
     except FileNotFoundError:
         if needed:
             flags.append(_flag(MISSING, path.name))
@@ -286,7 +266,7 @@ def _weights_flags(run: Path, content: Mapping) -> list[str]:
     """Compare the models that lie in a run with those that its metrics were measured with; name the first other one."""
     measured = content.get("weights")
     if not isinstance(measured, dict | None):
-        raise ValueError(f"`weights` is {_kind(measured)}, no mapping")
+        raise ValueError(f"`weights` is {kind_of(measured)}, no mapping")
     there = {path.relative_to(run).as_posix(): path for path in run.rglob("*.keras") if not path.name.startswith(".")}
     kind = OLD_METRICS if measured is None else OTHER_WEIGHTS
     for name in sorted({*there, *(measured or ())}):

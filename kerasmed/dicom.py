@@ -6,15 +6,16 @@ lists are handed on, and what pydicom raises, warns of and logs, which may quote
 
 import io
 import logging
+import os
 import re
+import stat
 import struct
 import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -22,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 SUFFIXES = (".dcm", ".dicom")
 # A file that claims more is refused before its pixels are read: 100 megapixels decode to 100 MB of grey.
 MAX_PIXELS = 100_000_000
+MAX_FRAMES = 10_000  # each becomes a `Slice`, which takes more memory than a few pixels of a file do
 ACQUISITION = ("field_strength", "slice_thickness", "pixel_spacing", "manufacturer", "sex", "age")
 # Names are free text, so a maker is one of these or "other"; G.E. is written with and without its points.
 MANUFACTURERS = {
@@ -60,7 +62,8 @@ _PLANE = ("ImagePositionPatient", "ImageOrientationPatient")
 _SLICE_TAGS = (*_PLANE, "InstanceNumber", "WindowCenter", "WindowWidth", "VOILUTFunction", _FRAMES, _SHARED)
 _MEASURES = dict(zip(ACQUISITION, ("MagneticFieldStrength", "SliceThickness", "PixelSpacing")))
 _ACQUISITION_TAGS = (*_MEASURES.values(), "Manufacturer", "PatientSex", "PatientAge", _FRAMES, _SHARED)
-_LOCK = threading.Lock()
+_LOCK, _QUIET_LOCK = threading.Lock(), threading.Lock()
+_FILTERS, _READERS = ExitStack(), []  # filters of warnings, and a mark for each thread that wants them
 
 
 class ImageError(ValueError):
@@ -91,6 +94,30 @@ class Slice(NamedTuple):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+def opened(path) -> BinaryIO:
+    """Open a file for reading.
+
+    Raises:
+        ImageError: no regular file (a folder, or a pipe, which would be waited for without end), or no possible name.
+        OSError: absent, or the system does not let it be read.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError:  # zero bytes and halves of UTF-16
+        raise ImageError("no file can have such a name") from None
+    if not stat.S_ISREG(mode):
+        raise ImageError("a folder, where a file is expected" if stat.S_ISDIR(mode) else "a pipe or device, no file")
+    return open(path, "rb")
+
+
+def content(path) -> bytes:
+    """Return the bytes of a file, raising as `opened`, or of a binary file object."""
+    if hasattr(path, "read"):
+        return path.read()
+    with opened(path) as file:
+        return file.read()
+
+
 def is_dicom(path) -> bool:
     """Whether a file begins as a DICOM file does, whatever its name; one that cannot be opened is none."""
     try:
@@ -102,12 +129,9 @@ def is_dicom(path) -> bool:
 
 def study_uid(path) -> str:
     """StudyInstanceUID of a DICOM file, "" where there is none: to tell studies apart, never to be shown or kept."""
-    import pydicom
-
     try:
-        with _errors():
-            data_set = pydicom.dcmread(path, specific_tags=["StudyInstanceUID"], stop_before_pixels=True)
-            return str(data_set[0x20000D].value)
+        with _errors(), opened(path) as file:
+            return str(_parse(file, ["StudyInstanceUID"], stop_before_pixels=True)["StudyInstanceUID"].value)
     except ImageError:
         return ""
 
@@ -199,7 +223,7 @@ def read_slices(path) -> list[Slice]:
 
     Source: DICOM PS3.3, C.7.6.2 (plane), C.7.5.1.1.2 (padding), C.7.6.16 (functional groups), C.11.2 (window).
     """
-    data = path.read() if hasattr(path, "read") else Path(path).read_bytes()
+    data = content(path)
     header = read_header(io.BytesIO(data), path)
     if header is None:
         raise ImageError(f"not DICOM ({len(data)} bytes)" if data else "empty file (0 bytes)")
@@ -256,7 +280,7 @@ def read_acquisition(path) -> dict:
     """
     found = dict.fromkeys(ACQUISITION)
     try:
-        file = path if hasattr(path, "read") else io.BytesIO(Path(path).read_bytes())
+        file = io.BytesIO(content(path))
         with _errors():
             data_set = _parse(file, _ACQUISITION_TAGS, stop_before_pixels=True)
             for name, tag in _MEASURES.items():
@@ -298,16 +322,36 @@ def _damages() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Pass on no warning of pydicom and Pillow, in whatever thread, while a file is read.
+
+    Filters of warnings are the process's. The first of several threads sets them and the last puts the old ones back:
+    if each did so, one would take another's away, or leave its own for good.
+    """
+    with _QUIET_LOCK:
+        if not _READERS:
+            _FILTERS.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module="pydicom|PIL")
+            # Segments that hold more than Rows × Columns are cut with a warning.
+            warnings.filterwarnings("error", "The decoded RLE segment contains", module="pydicom")
+        _READERS.append(None)
+    try:
+        yield
+    finally:
+        with _QUIET_LOCK:
+            _READERS.pop()
+            if not _READERS:
+                _FILTERS.close()
+
+
+@contextmanager
 def _errors() -> Iterator[None]:
-    """Turn what pydicom raises into ImageError; one file at a time, as filters of warnings are no thread's own.
+    """Turn what pydicom raises into ImageError; one file at a time, as the level of a logger is no thread's own.
 
     pydicom's own words, in errors, warnings and logs, may quote the header: none is passed on.
     """
     logger = logging.getLogger("pydicom")
-    with _LOCK, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="pydicom|PIL")
-        # Segments that hold more than Rows × Columns are cut with a warning.
-        warnings.filterwarnings("error", "The decoded RLE segment contains", module="pydicom")
+    with _LOCK, quiet():
         level = logger.level
         logger.setLevel(logging.CRITICAL + 1)
         try:
@@ -347,7 +391,7 @@ def _check_inflated(file) -> None:
     if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
         return
     inflater, packed, size = zlib.decompressobj(-zlib.MAX_WBITS), file.read(), 0
-    while packed:
+    while packed and not inflater.eof:  # behind the end lies a byte of padding, which is never consumed
         size += len(inflater.decompress(packed, 2**20))
         packed = inflater.unconsumed_tail
         if size > 4 * MAX_PIXELS:
@@ -443,11 +487,14 @@ def _check_size(frames: int, header: Header) -> None:
 def _check(data_set, header: Header, max_frames: int | None) -> int:
     """Refuse what pydicom would decode wrongly, or has no decoder for; returns the number of frames."""
     from pydicom.pixels import get_decoder
+    from pydicom.uid import RLELossless
 
     frames, samples = _number(data_set, "NumberOfFrames", 1), _number(data_set, "SamplesPerPixel")
     photometric = data_set.get("PhotometricInterpretation")
     if max_frames and frames > max_frames:
         raise ImageError(f"{frames} frames in a DICOM file, where one is expected")
+    if frames > MAX_FRAMES:
+        raise ImageError(f"{frames} frames in a DICOM file, more than the {MAX_FRAMES} that are read")
     _check_size(frames, header)
     if _PHOTOMETRICS.get(photometric) != samples:
         known = ", ".join(f"{name} ({count})" for name, count in _PHOTOMETRICS.items())
@@ -465,10 +512,10 @@ def _check(data_set, header: Header, max_frames: int | None) -> int:
     if not has_decoder:
         name = syntax.name if syntax.name != syntax else "an unknown transfer syntax"
         raise ImageError(f"no decoder for DICOM pixels in {name}; the extra `dicom` installs further ones")
-    if syntax.is_encapsulated:
-        _check_codestreams(pixels[0], header, frames)
-        return frames
     bits = frames * header.width * header.height * samples * _number(data_set, "BitsAllocated")
+    if syntax.is_encapsulated:
+        _check_codestreams(pixels[0], header, frames, bits // frames // 8 if syntax == RLELossless else None)
+        return frames
     expected = -(-bits // 8) * 2 // 3 if photometric == "YBR_FULL_422" else -(-bits // 8)
     # Files may be padded, but a row, a column or a frame too many is a sign that one of these numbers is wrong.
     if not expected <= len(pixels[0]) < expected + max(expected // max(header.height, header.width, frames), 2):
@@ -480,14 +527,19 @@ def _check(data_set, header: Header, max_frames: int | None) -> int:
     return frames
 
 
-def _check_codestreams(encapsulated: bytes, header: Header, frames: int) -> None:
-    """Refuse a JPEG or JPEG 2000 whose own size is another; of equal areas pydicom would make a scrambled picture."""
-    from pydicom.encaps import get_frame
+def _check_codestreams(encapsulated: bytes, header: Header, frames: int, decoded: int | None) -> None:
+    """Refuse a JPEG or JPEG 2000 whose own size is another; of equal areas pydicom would make a scrambled picture.
 
-    for number in range(frames):
-        frame = io.BytesIO(get_frame(encapsulated, number, number_of_frames=frames))
+    `decoded` is the number of bytes that the run lengths of a frame stand for, None where they are no such.
+    """
+    from pydicom.encaps import generate_frames
+
+    for data in generate_frames(encapsulated, number_of_frames=frames):
+        if decoded is not None:
+            _check_runs(data, decoded, header.height * header.width)
+            continue
         try:
-            inner = Image.open(frame, formats=("JPEG", "JPEG2000"))
+            inner = Image.open(io.BytesIO(data), formats=("JPEG", "JPEG2000"))
         except UnidentifiedImageError:
             return  # of another compression, or one that only its decoder understands
         except Image.DecompressionBombError:
@@ -496,3 +548,38 @@ def _check_codestreams(encapsulated: bytes, header: Header, frames: int) -> None
             raise ImageError(
                 f"{inner.width}×{inner.height} DICOM pixels, where Columns and Rows are {header.width}×{header.height}"
             )
+
+
+def _check_runs(data: bytes, decoded: int, plane: int) -> None:
+    """Refuse run lengths that stand for far more bytes than a frame has; pydicom unpacks them before it looks.
+
+    Source: DICOM PS3.5, annex G: a header of 16 numbers, then a segment a plane of bytes.
+    """
+    # The worst encoder takes two bytes for one.
+    if len(data) > 2 * decoded + 128:
+        raise ImageError(f"damaged DICOM: {len(data)} bytes of run lengths, where a frame has {decoded} of pixels")
+    if len(data) < 64:
+        return
+    count, *starts = struct.unpack("<16I", data[:64])
+    for start, stop in zip(starts[:count], [*starts[1:count], len(data)]):
+        segment = data[start:stop]
+        # Two bytes stand for 128 at most. What is short is not worth a second walk: pydicom tells of its length.
+        if 64 * len(segment) > plane + 2**24 and _run_lengths(segment, plane) > plane:
+            raise ImageError(f"damaged DICOM: run lengths of more pixels than the {plane} of a frame")
+
+
+def _run_lengths(segment: bytes, limit: int) -> int:
+    """Count the bytes that run lengths stand for; stops where these are more than `limit`."""
+    at = size = 0
+    end = len(segment)
+    while at < end and size <= limit:
+        first = segment[at]
+        if first > 128:  # the next byte, 257 - first times
+            size += 257 - first if at + 1 < end else 0
+            at += 2
+        elif first < 128:  # the next first + 1 bytes
+            size += min(first + 1, end - at - 1)
+            at += first + 2
+        else:
+            at += 1
+    return size

@@ -7,6 +7,7 @@ vector does not depend on its neighbours in the batch.
 """
 
 import functools
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,13 @@ import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import fanout, images, locks, modalities, pipelines, runs
+from kerasmed import atomic, batches, fanout, images, locks, modalities, pipelines, runs, saved_models
 from kerasmed import progress as bars
 
 SHARD_SLICES = 2048
 SHARD_VOLUMES = 64
 _PLACES = 16  # slices, by which a batch of bags grows
+logger = logging.getLogger(__name__)
 _LEAST_VARIANCE = 1e-3  # of a feature, over the mean of all
 
 
@@ -164,11 +166,23 @@ def _encode(encoder, gather, count, shard_rows, folder, batch_size, progress) ->
     if not count:
         raise ValueError("there is no series to encode; see the quarantine for why.")
     target = Path(folder) / "features.npy"
-    if not target.exists():
+    if not _is_whole(target):
         with locks.held(target):
-            if not target.exists():  # another process may have made it meanwhile
+            if not _is_whole(target):  # another process may have made it meanwhile
                 _build(encoder, gather, count, shard_rows, target, batch_size, progress)
     return np.load(target, mmap_mode="r")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an array is there in full length, as far as its header tells; its values are not looked at."""
+    if not path.exists():
+        return False
+    try:
+        np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        logger.warning("%s is damaged and is made again: %s", path, error)
+        return False
+    return True
 
 
 def _build(encoder, gather, count, shard_rows, target, batch_size, progress) -> None:
@@ -183,10 +197,10 @@ def _build(encoder, gather, count, shard_rows, target, batch_size, progress) -> 
         shard: (model, gather, first, min(first + shard_rows, count), shard, batch_size)
         for shard, first in starts.items()
     }
-    finished = sum(task[3] - task[2] for shard, task in tasks.items() if shard.exists())
+    finished = sum(task[3] - task[2] for shard, task in tasks.items() if _is_whole(shard))
     with bars.bar(count, "encode", done=finished, shown=progress) as bar:
         # This process alone has the device: one shard after the other.
-        for number in fanout.build(_encode_shard, tasks, what="shards", jobs=1):
+        for number in fanout.build(_encode_shard, tasks, what="shards", done=_is_whole, jobs=1):
             bar.update(number)
     _join(target, list(tasks), count, encoder.name)
     shutil.rmtree(building)
@@ -196,33 +210,31 @@ def _encode_shard(encoder, gather, first, last, shard, batch_size) -> int:
     """Predict some rows into a file, written whole; return how many."""
     encoder = _loaded(encoder) if isinstance(encoder, Path) else encoder
     values = encoder.predict(_batches(gather(first, last), batch_size), verbose=0)
-    with runs.whole(shard) as temporary:
+    with atomic.whole(shard) as temporary:
         np.save(temporary, values.astype(np.float32))
     return last - first
 
 
 def _batches(rows, batch_size):
     """Make a dataset of an array's rows in order."""
-    import tensorflow as tf
 
     def make(number):
         return rows[number * batch_size : (number + 1) * batch_size]
 
-    # `predict` would make a dataset of an array as well, one that tf.data tunes; see `pipelines.numbered_dataset`.
-    signature = tf.TensorSpec((None, *rows.shape[1:]), rows.dtype)
-    return pipelines.numbered_dataset(make, signature, count=pipelines.steps_per_epoch(len(rows), batch_size))
+    # `predict` would make a dataset of an array as well, one that tf.data tunes; see `batches.numbered_dataset`.
+    return batches.numbered_dataset(make, rows[:0], count=pipelines.steps_per_epoch(len(rows), batch_size))
 
 
 @functools.lru_cache(maxsize=1)
 def _loaded(path: Path) -> keras.Model:
-    return keras.saving.load_model(path)
+    return saved_models.read(path)
 
 
 def _join(target, shards, count, name) -> None:
     """Write the shards one after the other: a memory map would be forced to the disk before it may be closed."""
     shape = np.load(shards[0], mmap_mode="r").shape[1:]
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
-    with runs.whole(target) as temporary, open(temporary, "wb") as file:
+    with atomic.whole(target) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (count, *shape)})
         for shard in shards:
             values = np.load(shard)
@@ -399,7 +411,7 @@ def dataset(
     seed: int | None = None,
     first_epoch: int = 0,
 ):
-    """Make a `tf.data.Dataset` of gathered rows: shuffled anew every epoch and without end, or each once, in order.
+    """Make a dataset (`kerasmed.batches`) of gathered rows: shuffled by epoch and without end, or each once, in order.
 
     Args:
         gather: function of int positions -> dict of arrays, whose first axis goes along with them; another axis may
@@ -413,8 +425,6 @@ def dataset(
     Returns:
         Dataset of dicts, with targets if given.
     """
-    import tensorflow as tf
-
     steps = pipelines.steps_per_epoch(count, batch_size)
 
     def make(number) -> tuple | dict:
@@ -423,16 +433,10 @@ def dataset(
         chosen = order[index * batch_size : (index + 1) * batch_size]
         return gather(chosen) if targets is None else (gather(chosen), targets[chosen])
 
-    # Of no rows, an axis whose length goes by the rows has length 0.
     empty = gather(np.zeros(0, int))
-    signature = {
-        name: tf.TensorSpec((None, *(size or None for size in array.shape[1:])), array.dtype)
-        for name, array in empty.items()
-    }
-    if targets is not None:
-        signature = (signature, tf.TensorSpec((None, *targets.shape[1:]), targets.dtype))
+    empty = empty if targets is None else (empty, targets[:0])
     first, ends = first_epoch * steps, steps if seed is None else None
-    return pipelines.numbered_dataset(make, signature, first=first, count=ends)
+    return batches.numbered_dataset(make, empty, first=first, count=ends)
 
 
 def write(path: Path, index: pd.DataFrame, values: np.ndarray) -> None:

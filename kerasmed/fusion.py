@@ -116,14 +116,14 @@ class TabularDense(keras.layers.Layer):
 
     def call(self, inputs, training=False):
         values = ops.cast(inputs, "float32")
-        known = ops.logical_not(ops.isnan(values))
+        hidden = ops.isnan(values)
         if training and self.unknown_rate:
-            kept = keras.random.uniform(ops.shape(values), seed=self.seed_generator) >= self.unknown_rate
-            known = ops.logical_and(known, kept)
+            dropped = keras.random.uniform(ops.shape(values), seed=self.seed_generator) < self.unknown_rate
+            hidden = ops.logical_or(hidden, dropped)
         means = ops.convert_to_tensor(self.means, "float32")
         # Before the arithmetic: 0 times NaN is NaN. An unknown value's z is 0.
-        z = (ops.where(known, values, means) - means) / ops.convert_to_tensor(self.scales, "float32")
-        unknown = 1.0 - ops.cast(known, "float32")
+        z = (ops.where(hidden, means, values) - means) / ops.convert_to_tensor(self.scales, "float32")
+        unknown = ops.cast(hidden, "float32")
         return self.activation(ops.matmul(z, self.kernel) + ops.matmul(unknown, self.unknown) + self.bias)
 
     def compute_output_shape(self, input_shape):

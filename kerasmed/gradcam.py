@@ -8,11 +8,14 @@ sure, the logit's does not. `kerasmed.localisation` enlarges the maps and compar
 Source: Selvaraju et al. 2017, arXiv:1610.02391, equations 1 and 2.
 """
 
+import contextlib
+import threading
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import keras
 import numpy as np
+from keras import ops
 
 from kerasmed.localisation import NEGATIVE, OK, ZERO_GRADIENT
 
@@ -24,6 +27,7 @@ WEIGHT_TOLERANCE = 1e-12
 MIN_MAP_SIDE = 7
 
 _LIKELIEST = -1
+_passes = threading.RLock()  # one change of a layer's call at a time
 _PASSED_OVER = (keras.layers.MaxPooling2D, keras.layers.AveragePooling2D, keras.layers.ZeroPadding2D)
 
 
@@ -113,6 +117,7 @@ def _candidates(model):
 def build(model: keras.Model, *, layer: str | None = None) -> Callable[..., Maps]:
     """Make a function that explains images; it is compiled at its first call and serves every batch.
 
+    With JAX it is compiled once for each number of images at once, at most for the powers of two up to `batch_size`.
     A batch costs one forward pass, and one backward pass from the logits to the layer only. The model runs in inference
     mode; later changes of its weights are seen.
 
@@ -134,7 +139,7 @@ def build(model: keras.Model, *, layer: str | None = None) -> Callable[..., Maps
         ValueError: the model or the layer is not of this kind; from the function: images, class ids or other inputs do
             not fit.
         FloatingPointError: from the function: a map or a probability is not finite.
-        RuntimeError: the Keras backend is not TensorFlow.
+        RuntimeError: the Keras backend is none of TensorFlow, JAX and PyTorch.
 
     Example:
         >>> from kerasmed import models
@@ -151,7 +156,8 @@ def build(model: keras.Model, *, layer: str | None = None) -> Callable[..., Maps
     inputs = {one.name: one.output for one in model.layers if isinstance(one, keras.layers.InputLayer)}
     others = {name: tensor for name, tensor in inputs.items() if tensor is not image}
     chosen = _layer(model, default_layer(model) if layer is None else layer)
-    explain_batch = _compile(keras.Model([image, *others.values()], [chosen.output, logits.output, model.outputs[0]]))
+    parts = keras.Model([image, *others.values()], [chosen.output, logits.output, model.outputs[0]])
+    explain_batch = _compile(parts, chosen)
     num_classes = logits.output.shape[-1]
 
     def explain(
@@ -165,12 +171,14 @@ def build(model: keras.Model, *, layer: str | None = None) -> Callable[..., Maps
         wanted = _checked_class_ids(class_ids, len(images), num_classes)
         added = _checked_beside({} if beside is None else beside, others, len(images))
         if not len(images):
-            # TensorFlow takes no gradient of an empty batch; one image gives the arrays their shapes.
+            # There is no gradient of an empty batch; one image gives the arrays their shapes.
             one = {name: np.zeros((1, *values.shape[1:]), values.dtype) for name, values in added.items()}
             return Maps(*(part[:0] for part in explain(np.zeros((1, *images.shape[1:]), np.uint8), beside=one)))
         batches = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
+        # A few images alone are filled up to a power of two at most, so that few numbers of them are compiled.
+        rows = min(batch_size, 1 << (len(images) - 1).bit_length())
         parts = [
-            explain_batch(images[batch], [values[batch] for values in added.values()], wanted[batch])
+            explain_batch(images[batch], [values[batch] for values in added.values()], wanted[batch], rows)
             for batch in batches
         ]
         heat, explained, probabilities, largest_weight = (np.concatenate(part) for part in zip(*parts))
@@ -242,18 +250,43 @@ def _layer(model, name):
     return layer
 
 
-def _compile(parts: keras.Model) -> Callable:
-    """Compile (images, other inputs, class ids) -> (maps, class ids, probabilities, largest |α| of each image).
+def _compile(parts: keras.Model, layer) -> Callable:
+    """Compile (images, other inputs, class ids, rows) -> (maps, class ids, probabilities, largest |α| of each image).
 
-    All are NumPy. `parts` takes the images first, and puts out features, logits and probabilities. Only this function
-    depends on the Keras backend.
+    All are NumPy, and so are the arguments. `parts` takes the images first, and puts out the features, which `layer`
+    makes, logits and probabilities. A backend that compiles anew for every number of images fills them up to `rows`.
+    Only here the Keras backend matters.
     """
     backend = keras.backend.backend()
-    if backend != "tensorflow":
+    if backend not in _BY_BACKEND:
         raise RuntimeError(
-            f"Grad-CAM takes its gradient with TensorFlow, and the Keras backend is {backend!r}; set "
-            "KERAS_BACKEND=tensorflow (a saved model loads under either)."
+            f"Grad-CAM takes its gradient with TensorFlow, JAX or PyTorch, and the Keras backend is {backend!r}; set "
+            "KERAS_BACKEND to one of them (a saved model loads under any)."
         )
+    return _BY_BACKEND[backend](parts, layer)
+
+
+def _score(features, logits, class_ids):
+    """Class ids, with the likeliest put in; their logits, scaled by a root of the number of positions; and the root.
+
+    For half precision: behind average pooling a gradient is a weight / num_positions, and would be rounded to nothing;
+    behind max pooling it is the weight, and times num_positions it would be infinite. The root serves both.
+    """
+    logits = ops.cast(logits, "float32")
+    class_ids = ops.where(class_ids == _LIKELIEST, ops.cast(ops.argmax(logits, axis=-1), "int32"), class_ids)
+    height, width = ops.shape(features)[1:3]
+    scale = ops.sqrt(ops.cast(height * width, "float32"))
+    return class_ids, scale * ops.take_along_axis(logits, class_ids[:, None], axis=1)[:, 0], scale
+
+
+def _weighed(features, gradients, scale):
+    """Maps, and the largest |α| of each image, of the features and the scaled logits' gradients."""
+    weights = ops.mean(ops.cast(gradients, "float32"), axis=(1, 2)) / scale
+    heat = ops.relu(ops.einsum("bhwk,bk->bhw", ops.cast(features, "float32"), weights))
+    return heat, ops.max(ops.abs(weights), axis=-1)
+
+
+def _by_tensorflow(parts, _):
     import tensorflow as tf
 
     pixels, *others = (tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in parts.inputs)
@@ -263,23 +296,89 @@ def _compile(parts: keras.Model) -> Callable:
     @tf.function(input_signature=[pixels, others, tf.TensorSpec([None], tf.int32)])
     def explain_batch(images, others, class_ids):
         features, logits, probabilities = parts([images, *others], training=False)
-        logits = tf.cast(logits, tf.float32)
-        class_ids = tf.where(class_ids == _LIKELIEST, tf.argmax(logits, axis=-1, output_type=tf.int32), class_ids)
-        num_positions = tf.cast(tf.reduce_prod(tf.shape(features)[1:3]), tf.float32)
-        # For half precision: behind average pooling a gradient is a weight / num_positions, and would be rounded to
-        # nothing; behind max pooling it is the weight, and times num_positions it would be infinite. The root serves
-        # both.
-        scale = tf.sqrt(num_positions)
-        scaled = scale * tf.gather(logits, class_ids, batch_dims=1)
+        class_ids, scores, scale = _score(features, logits, class_ids)
         # The graph's own gradient: it stops at the tensor asked for, whatever passes around it or stands before it. A
         # tape would follow the trainable weights up to the first layer, and see nothing where all are frozen.
-        (gradients,) = tf.gradients(scaled, features, unconnected_gradients="zero")
-        weights = tf.reduce_mean(tf.cast(gradients, tf.float32), axis=(1, 2)) / scale
-        heat = tf.nn.relu(tf.einsum("bhwk,bk->bhw", tf.cast(features, tf.float32), weights))
-        largest = tf.reduce_max(tf.abs(weights), axis=-1)
+        (gradients,) = tf.gradients(scores, features, unconnected_gradients="zero")
+        heat, largest = _weighed(features, gradients, scale)
         return heat, class_ids, tf.cast(probabilities, tf.float32), largest
 
-    return lambda *batch: [part.numpy() for part in explain_batch(*batch)]
+    return lambda images, others, class_ids, rows: [part.numpy() for part in explain_batch(images, others, class_ids)]
+
+
+@contextlib.contextmanager
+def _passing(layer, change):
+    """Have what a layer makes pass through a function, as long as the block runs.
+
+    A second model, from the layer's output to the logits, would do as well; but Keras then cannot save the first.
+    """
+    call = layer.call
+    with _passes:
+        object.__setattr__(layer, "call", lambda *args, **options: change(call(*args, **options)))
+        try:
+            yield
+        finally:
+            object.__delattr__(layer, "call")
+
+
+def _by_jax(parts, layer):
+    import jax
+
+    def run(variables, inputs, change):
+        with _passing(layer, change):
+            return parts.stateless_call(*variables, inputs, training=False)[0]
+
+    @jax.jit
+    def explain_batch(variables, images, others, class_ids):
+        inputs = [images, *others]
+
+        def score(shift):
+            features, logits, probabilities = run(variables, inputs, lambda made: made + shift)
+            ids, scores, scale = _score(features, logits, class_ids)
+            return ops.sum(scores), (features, ids, probabilities, scale)
+
+        # The gradient by the features is that by what is added to them: it stops there, whatever passes around them.
+        shape = jax.eval_shape(lambda: run(variables, inputs, lambda made: made)[0])
+        nothing = ops.zeros(shape.shape, shape.dtype)
+        gradients, (features, ids, probabilities, scale) = jax.grad(score, has_aux=True)(nothing)
+        heat, largest = _weighed(features, gradients, scale)
+        return heat, ids, ops.cast(probabilities, "float32"), largest
+
+    def explain_filled(images, others, class_ids, rows):
+        count = len(images)
+        # By more of the last image: with it, a value that the model cannot take is not a new one.
+        filled = [
+            np.concatenate([part, np.repeat(part[-1:], rows - count, 0)]) for part in (images, *others, class_ids)
+        ]
+        variables = [[one.value for one in kind] for kind in (parts.trainable_variables, parts.non_trainable_variables)]
+        return [np.asarray(part)[:count] for part in explain_batch(variables, filled[0], filled[1:-1], filled[-1])]
+
+    return explain_filled
+
+
+def _by_torch(parts, layer):
+    import torch
+
+    def watched(made):
+        torch.set_grad_enabled(True)  # from here on, until the block below ends
+        return made.detach().requires_grad_()
+
+    def explain_batch(images, others, class_ids, rows):
+        # On the device of the weights.
+        images, class_ids, *others = (ops.convert_to_tensor(part) for part in (images, class_ids, *others))
+        with torch.no_grad():
+            with _passing(layer, watched):
+                features, logits, probabilities = parts([images, *others], training=False)
+            ids, scores, scale = _score(features, logits, class_ids)
+            # Frozen weights or not, what comes before the features takes no part.
+            (gradients,) = torch.autograd.grad(scores.sum(), features, allow_unused=True, materialize_grads=True)
+            heat, largest = _weighed(features.detach(), gradients, scale)
+        return [ops.convert_to_numpy(part) for part in (heat, ids, ops.cast(probabilities, "float32"), largest)]
+
+    return explain_batch
+
+
+_BY_BACKEND = {"tensorflow": _by_tensorflow, "jax": _by_jax, "torch": _by_torch}
 
 
 def _checked_images(images, input_shape):

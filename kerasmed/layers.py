@@ -115,16 +115,16 @@ class GatedAttentionPooling(keras.layers.Layer):
     def call(self, inputs):
         slices, mask = ops.cast(inputs[0], self.compute_dtype), ops.cast(inputs[1], "bool")
         # Before the arithmetic: a weight of 0 takes no NaN away, neither from the sum nor from a gradient.
-        slices = ops.where(mask[..., None], slices, ops.zeros_like(slices))
+        slices = ops.where(ops.expand_dims(mask, -1), slices, ops.zeros_like(slices))
         gate = ops.sigmoid(ops.matmul(slices, self.gate_kernel))
-        scores = ops.matmul(ops.tanh(ops.matmul(slices, self.tanh_kernel)) * gate, self.score_kernel)[..., 0]
-        scores = ops.cast(scores, "float32")
+        scores = ops.matmul(ops.tanh(ops.matmul(slices, self.tanh_kernel)) * gate, self.score_kernel)
+        scores = ops.cast(ops.squeeze(scores, -1), "float32")
         if self.competing:
             weights = masked_softmax(scores, mask)
         else:
             count = ops.sum(ops.cast(mask, "float32"), axis=-1, keepdims=True)
             weights = ops.where(mask, ops.sigmoid(scores) / ops.maximum(count, 1.0), 0.0)
-        pooled = ops.sum(weights[..., None] * ops.cast(slices, "float32"), axis=1)
+        pooled = ops.sum(ops.expand_dims(weights, -1) * ops.cast(slices, "float32"), axis=1)
         pooled = ops.cast(pooled, self.compute_dtype)
         return (pooled, weights) if self.return_weights else pooled
 

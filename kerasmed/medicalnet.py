@@ -1,8 +1,9 @@
 """MedicalNet: 3D residual networks of volumes, and the converter of their published weights.
 
 `build` lays a network flat behind the standardisation of a volume, so that a saved `.keras` file takes grey voxels.
-Layers bear the published names, and `load` matches tensors by name and shape. It refuses every shape that differs:
-weights of a 2D network bear the same names, and with mismatches ignored a 3D network would keep its random kernels.
+Layers bear the published names, with "_" for ".", which Keras's PyTorch backend does not take in names, and `load`
+matches tensors by name and shape. It refuses every shape that differs: weights of a 2D network bear the same names, and
+with mismatches ignored a 3D network would keep its random kernels.
 
 Sources: Chen, Ma and Zheng 2019, "Med3D: Transfer Learning for 3D Medical Image Analysis", arXiv:1904.00625; code and
 weights: https://github.com/Tencent/MedicalNet.
@@ -133,13 +134,13 @@ def build(
     x = _normalised(_convolution(x, 64, 7, "conv1", stride=2), "bn1")
     x = layers.ReLU(name="relu")(x)
     # PyTorch pads with −∞; after the ReLU, 0 is never the larger either.
-    x = layers.ZeroPadding3D(1, name="maxpool.pad")(x)
+    x = layers.ZeroPadding3D(1, name="maxpool_pad")(x)
     x = layers.MaxPooling3D(3, 2, name="maxpool")(x)
     block = _basic if depth == 10 else _bottleneck
     for stage, ((channels, stride, dilation), num_blocks) in enumerate(zip(_STAGES, BLOCKS[depth]), start=1):
         for place in range(num_blocks):
             name = "maps" if (stage, place + 1) == (4, num_blocks) else None
-            x = block(x, channels, f"layer{stage}.{place}", stride if place == 0 else 1, dilation, name)
+            x = block(x, channels, f"layer{stage}_{place}", stride if place == 0 else 1, dilation, name)
     if pool == "plane":
         x = layers.AveragePooling3D((1, *x.shape[2:4]), name="plane_means")(x)
         x = layers.Reshape((x.shape[1], x.shape[4]), name="planes")(x)
@@ -152,7 +153,7 @@ def _convolution(x, channels, size, name, *, stride=1, dilation=1):
     """Convolve as PyTorch does with padding (size − 1) / 2 · dilation on both sides."""
     if stride > 1 and size > 1:
         # Keras's "same" pads one side more than the other where the stride is 2.
-        x = layers.ZeroPadding3D((size - 1) // 2, name=f"{name}.pad")(x)
+        x = layers.ZeroPadding3D((size - 1) // 2, name=f"{name}_pad")(x)
     return layers.Conv3D(
         channels,
         size,
@@ -172,28 +173,28 @@ def _normalised(x, name):
 def _shortcut(x, channels, name, stride):
     if stride == 1 and x.shape[-1] == channels:
         return x
-    return _normalised(_convolution(x, channels, 1, f"{name}.downsample.0", stride=stride), f"{name}.downsample.1")
+    return _normalised(_convolution(x, channels, 1, f"{name}_downsample_0", stride=stride), f"{name}_downsample_1")
 
 
 def _added(x, shortcut, name, last):
-    return layers.ReLU(name=last or f"{name}.out")(layers.Add(name=f"{name}.add")([x, shortcut]))
+    return layers.ReLU(name=last or f"{name}_out")(layers.Add(name=f"{name}_add")([x, shortcut]))
 
 
 def _basic(x, channels, name, stride, dilation, last):
     shortcut = _shortcut(x, channels, name, stride)
-    x = _normalised(_convolution(x, channels, 3, f"{name}.conv1", stride=stride, dilation=dilation), f"{name}.bn1")
-    x = layers.ReLU(name=f"{name}.relu1")(x)
-    x = _normalised(_convolution(x, channels, 3, f"{name}.conv2", dilation=dilation), f"{name}.bn2")
+    x = _normalised(_convolution(x, channels, 3, f"{name}_conv1", stride=stride, dilation=dilation), f"{name}_bn1")
+    x = layers.ReLU(name=f"{name}_relu1")(x)
+    x = _normalised(_convolution(x, channels, 3, f"{name}_conv2", dilation=dilation), f"{name}_bn2")
     return _added(x, shortcut, name, last)
 
 
 def _bottleneck(x, channels, name, stride, dilation, last):
     shortcut = _shortcut(x, 4 * channels, name, stride)
-    x = _normalised(_convolution(x, channels, 1, f"{name}.conv1"), f"{name}.bn1")
-    x = layers.ReLU(name=f"{name}.relu1")(x)
-    x = _normalised(_convolution(x, channels, 3, f"{name}.conv2", stride=stride, dilation=dilation), f"{name}.bn2")
-    x = layers.ReLU(name=f"{name}.relu2")(x)
-    x = _normalised(_convolution(x, 4 * channels, 1, f"{name}.conv3"), f"{name}.bn3")
+    x = _normalised(_convolution(x, channels, 1, f"{name}_conv1"), f"{name}_bn1")
+    x = layers.ReLU(name=f"{name}_relu1")(x)
+    x = _normalised(_convolution(x, channels, 3, f"{name}_conv2", stride=stride, dilation=dilation), f"{name}_bn2")
+    x = layers.ReLU(name=f"{name}_relu2")(x)
+    x = _normalised(_convolution(x, 4 * channels, 1, f"{name}_conv3"), f"{name}_bn3")
     return _added(x, shortcut, name, last)
 
 
@@ -291,7 +292,7 @@ def load(
         min_share: least share of matched tensors, of the larger side.
 
     Returns:
-        The receipt: pairs such as ["layer1.0.conv1/kernel", "layer1.0.conv1.weight"].
+        The receipt: pairs such as ["layer1_0_conv1/kernel", "layer1.0.conv1.weight"].
 
     Raises:
         WeightsError: a tensor of a known name has another shape (a single one is enough), holds a value that is not
@@ -301,7 +302,8 @@ def load(
     values, matched, unmatched, other_shapes = [], [], [], []
     for layer in model.layers:
         for weight in layer.weights:
-            ours, theirs = f"{layer.name}/{weight.name}", f"{layer.name}.{_PUBLISHED.get(weight.name, weight.name)}"
+            ours = f"{layer.name}/{weight.name}"
+            theirs = f"{layer.name.replace('_', '.')}.{_PUBLISHED.get(weight.name, weight.name)}"
             if theirs not in state:
                 unmatched.append(ours)
                 continue

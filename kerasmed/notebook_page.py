@@ -10,7 +10,7 @@ import re
 import urllib.parse
 from pathlib import Path
 
-from kerasmed import paths, runs
+from kerasmed import atomic, paths
 
 # The page's own parts alone: no script runs, and neither pictures nor styles come from elsewhere.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:; base-uri 'none'"
@@ -73,7 +73,7 @@ def write(notebook: str | os.PathLike, html: str | os.PathLike) -> None:
     page, _ = exporter.from_notebook_node(content, resources={"metadata": about})
     # nbconvert's own embedding closes every HTML tag of a Markdown cell at once, such as papermill's red note.
     page = _PICTURE.sub(_embedded, page)
-    with runs.whole(html) as temporary:
+    with atomic.whole(html) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import reprlib
 import shutil
 import sys
 import tempfile
@@ -126,8 +127,32 @@ def parse_value(text: str):
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # `{[]}`, brackets without end
         return text
+
+
+def read_yaml(path: Path, expected: str) -> dict:
+    """Read a mapping of names from a YAML file: plain values alone, never an object that would run code.
+
+    Args:
+        path: the file.
+        expected: what the error says was expected.
+
+    Returns:
+        The mapping, {} for an empty file.
+
+    Raises:
+        ValueError: no YAML, a tag of an object, or something else than a mapping of names.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # The last three of values that are not of their tag, as in `!!bool maybe`.
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {error}; {expected}.") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{path} holds {reprlib.repr(content)}; {expected}.")
+    return content
 
 
 def resolve(notebook: Notebook, *, profile: str, given: Mapping) -> dict:
@@ -152,7 +177,7 @@ def resolve(notebook: Notebook, *, profile: str, given: Mapping) -> dict:
     path = paths.notebooks_root() / "params" / profile / f"{notebook.name}.yaml"
     if not path.is_file():
         raise ValueError(f"profile {profile!r} has no values for {notebook.name}; write {path} (it may be empty).")
-    from_profile = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    from_profile = read_yaml(path, "expected a YAML mapping of parameters to values, such as `epochs: 5`")
     for origin, values in ((path.name, from_profile), ("given", given)):
         for name, value in values.items():
             if name not in notebook.parameters:
@@ -227,9 +252,10 @@ def execute(
 ) -> bool:
     """Execute a notebook into its run folder, or find that this was done.
 
-    The same parameters, data and sources find the same folder: a finished run is left as it is, one that failed or was
-    killed goes on at its last whole stage. The executed notebook is kept in either case, also as a page,
-    notebook.html. While it runs, progress.json says which cell of how many is at work.
+    The same parameters, data and sources find the same folder: a finished run is left as it is. One that failed or was
+    killed, also before its executed notebook was whole, or of which a file is damaged, goes on at its last whole stage.
+    The executed notebook is kept in any case, also as a page, notebook.html. While it runs, progress.json says which
+    cell of how many is at work.
 
     Args:
         placed: from `place`.
@@ -249,14 +275,20 @@ def execute(
         OSError: the models root cannot be written to.
     """
     folder = placed.folder
+    # Without the lock, which cannot be had where files are only read.
+    if not force and _why_unfinished(folder) == "":
+        return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot make {folder}: {error.strerror}; choose another folder with --models-root.") from error
     with runs.reserved(folder, wait=wait):
         emptied = isinstance(force, str) and _text_of(folder / _FORCED) == force
-        if (not force or emptied) and runs.status(folder)["status"] == "complete":
+        unfinished = _why_unfinished(folder)
+        if (not force or emptied) and not unfinished:
             return False
+        if not force and runs.status(folder)["status"] == "complete":
+            logger.warning("%s is done again from its last whole stage: %s", folder, unfinished)
         _refuse_moved(placed)
         if force and not emptied:
             shutil.rmtree(folder)
@@ -273,6 +305,7 @@ def execute(
         except (Exception, KeyboardInterrupt) as error:  # whatever ended the notebook ends this run, and no other
             stopped = isinstance(error, KeyboardInterrupt)
             reason = "stopped by the keyboard" if stopped else _reason(error, folder)
+            _clear_progress(folder)  # first: on a full disk the status takes its place
             with contextlib.suppress(OSError):  # of a full disk; the notebook's own error says more
                 runs.set_status(folder, "interrupted" if stopped else "failed", error=reason)
             if stopped:
@@ -280,17 +313,50 @@ def execute(
             tail = "".join(f"\n  | {line}" for line in _tail(error))
             raise RuntimeError(f"{reason}{tail}\n  executed notebook: {folder / 'notebook.ipynb'}") from error
         finally:
-            for left in folder.rglob(runs.PROGRESS):
-                left.unlink()
+            _clear_progress(folder)
             _write_page(folder)
         if runs.status(folder)["status"] != "complete":
             reason = "ended without `runs.finish` or `runs.summarize`"
             runs.set_status(folder, "failed", error=reason)
             raise RuntimeError(
                 f"{placed.notebook.name} {reason} on {folder}; its last cell must write the metrics, or the summary. "
-                "(Or a source was changed just when it began.)"
+                "(Or the data or a source were changed just when it began: then give the command again.)"
             )
+        _tell_changed(placed, system)
     return True
+
+
+def _why_unfinished(folder: Path) -> str:
+    """Say why a run is to be executed; "" for one that is complete, has its executed notebook and no damage."""
+    state = runs.status(folder)["status"]
+    if state != "complete":
+        return f"it is {state}"
+    if any(folder.glob(".notebook.*.tmp.ipynb")):
+        return "its command was killed before the executed notebook was whole"
+    lost = runs.damaged(folder)
+    return f"{', '.join(lost)} is damaged" if lost else ""
+
+
+def _clear_progress(folder: Path) -> None:
+    for left in folder.rglob(runs.PROGRESS):
+        left.unlink(missing_ok=True)
+
+
+def _tell_changed(placed: Placed, system: str) -> None:
+    """Warn where the data are no longer those of the run: it is of what it read, and the same command is another run.
+
+    `datasets.refuse_changed`, which notebooks call when all is read, has ended a run that read anything else.
+    """
+    try:
+        source = datasets.locate(system, placed.parameters, data_root=placed.parameters["data_root"])
+        now = datasets.fingerprint(system, source)
+    except (OSError, ValueError) as error:
+        now = error
+    if now != placed.fingerprint:
+        told = (
+            "the data have changed since %s read them: it is of what they were, and the same command is another run now"
+        )
+        logger.warning(told, placed.folder.name)
 
 
 def _text_of(path: Path) -> str:
@@ -399,7 +465,9 @@ def _tail(error: BaseException) -> list[str]:
 def _reason(error: BaseException, folder: Path) -> str:
     """Say in a few lines which cell failed and why."""
     if hasattr(error, "exec_count"):
-        arrows = [match for line in _trace(error) if (match := _ARROW.match(line))]
+        lines = _trace(error)  # what an error was raised from goes first, and may begin anywhere
+        cell = next((number for number, line in enumerate(lines) if line.startswith("Cell In[")), 0)
+        arrows = [match for line in lines[cell:] if (match := _ARROW.match(line))]
         at = f"\n  at line {arrows[0][1]}: {arrows[0][2].strip()}" if arrows else ""
         return f"cell {error.cell_index + 1} (In [{error.exec_count}]): {error.ename}: {error.evalue}{at}"
     text = (str(error).strip().splitlines() or ["no message"])[0]

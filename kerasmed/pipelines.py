@@ -4,15 +4,14 @@ Decoding is what an epoch costs, so every image is decoded once, into one memory
 gathers whole batches from: a true shuffle of all rows every epoch, in memory that does not grow with the data set.
 """
 
-import atexit
 import contextlib
 import functools
 import hashlib
+import itertools
+import logging
 import os
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,17 +20,20 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from kerasmed import datasets, dicom, fanout, images, locks, paths, runs
+from kerasmed import atomic, batches, datasets, dicom, fanout, images, locks, paths, runs
 from kerasmed import progress as bars
+from kerasmed.manifest import check_paths
 
 # Few enough to keep many cores at work on a few hundred images.
 SHARD_ROWS = 64
-_CONTENT = 3  # what a store and its shards hold; to be raised when that changes
+_CONTENT = 4  # what a store and its shards hold; to be raised when that changes
 # A change of the reader may alter pixels: stores made by another are not taken for current ones.
 _READERS = b"".join(Path(module.__file__).read_bytes() for module in (images, dicom))
 _MAKERS = hashlib.sha256(_READERS).hexdigest()[:16] + f"-{_CONTENT}"
 _SYSTEM_REFUSED = "system refused:"
-_AT_ONCE = 2  # batches
+_HASHES = "hashes.json"  # of a store's small files
+_ARRAYS = ("pixels", "thumbnails", "facts", "reasons")  # of a shard
+logger = logging.getLogger(__name__)
 
 
 class Store(NamedTuple):
@@ -74,7 +76,10 @@ def decode(
     Work is done in shards of 64 images, each written whole, so that a killed call goes on where it stopped and shards
     may be made anywhere and in any order (`kerasmed.fanout.shards`). Of several processes one decodes, the others wait.
     The store is `<cache>/<fingerprint>/`: images.npy, thumbnails.npy, facts.npy and quarantine.csv; the fingerprint
-    covers paths, sizes, modification times, target size and options.
+    covers paths, sizes, modification times, target size and options. A store that has been damaged since is made again,
+    as far as this can be seen without reading it all: a pixel of images.npy that has turned into another cannot. It is
+    also made again where a file that the system refused, for want of a permission or memory, can now be read: each call
+    tries those alone.
 
     Args:
         manifest: rows with `image_path`.
@@ -89,18 +94,25 @@ def decode(
         `Store`; unreadable files are in its quarantine, with reasons, and not in its manifest.
 
     Raises:
-        ValueError: too large a share of the files is unreadable; names the first, with reasons.
+        ValueError: a path that `kerasmed.manifest.check_paths` refuses, such as one that leaves the root; or too large
+            a share of the files is unreadable: names the first, with reasons.
+        RuntimeError: a file was changed meanwhile.
     """
     root = Path(root)
     options = dict(read_options or {})
     image_paths = manifest["image_path"].tolist()
-    target = paths.cache_root() / _store_fingerprint(image_paths, root, image_size, options)
-    if not _is_whole(target):
+    check_paths(image_paths)
+    states = _states(root, image_paths)
+    target = paths.cache_root() / _store_fingerprint(image_paths, states, image_size, options)
+    if _flaw(target, root, image_paths, image_size) is not None:
         with locks.held(target):
-            if not _is_whole(target):  # another process may have made it meanwhile
+            flaw = _flaw(target, root, image_paths, image_size)
+            if flaw is not None:  # else another process has made it meanwhile
+                if flaw:
+                    logger.warning("the decoded store %s %s", target, flaw)
                 shutil.rmtree(target, ignore_errors=True)
-                _build(target, image_paths, root, image_size, options, jobs, progress)
-    quarantine = pd.read_csv(target / "quarantine.csv")
+                _build(target, image_paths, states, root, image_size, options, jobs, progress)
+    quarantine = _read_quarantine(target)
     if len(quarantine) > max_quarantined_share * len(manifest):
         first = "; ".join(f"{row.image_path}: {row.reason}" for row in quarantine.head(3).itertuples())
         raise ValueError(
@@ -119,57 +131,117 @@ def decode(
     )
 
 
-def _is_whole(target: Path) -> bool:
-    """Whether a store is there, and no file is worth another try: what the system refused, it may give now."""
+def _flaw(target: Path, root: Path, image_paths, image_size) -> str | None:
+    """Say why a store is to be made again: "" where there is none, None where it is whole and nothing can be added.
+
+    Tables are compared with their hashes, arrays of gigabytes by their shapes alone.
+    """
+    if not target.is_dir():
+        return ""
     try:
-        reasons = pd.read_csv(target / "quarantine.csv")["reason"]
-    except FileNotFoundError:
-        return False
-    return not reasons.str.startswith(_SYSTEM_REFUSED).any()
+        lost = runs.changed(target, runs.read_json(target / _HASHES))
+        quarantine = _read_quarantine(target)
+        count = len(image_paths) - len(quarantine)
+        for name, size in (("images", image_size), ("thumbnails", images.THUMBNAIL_SIZE)):
+            array = np.load(target / f"{name}.npy", mmap_mode="r")
+            if (array.shape, array.dtype) != ((count, *size), np.uint8):
+                lost.append(f"{name}.npy")
+    except (*runs.DAMAGED, AttributeError) as error:
+        lost = [str(error)]
+    if lost:
+        return f"is damaged and is made again: {'; '.join(lost)}"
+    refused = quarantine.loc[quarantine["reason"].str.startswith(_SYSTEM_REFUSED), "image_path"].tolist()
+    granted = (path for path in refused if not _reason(root, path).startswith(_SYSTEM_REFUSED))
+    found = list(itertools.islice(granted, SHARD_ROWS))  # a few tell as much as all, which would be decoded twice
+    if not found:
+        return None
+    told = f"{'at least ' * (len(found) == SHARD_ROWS)}{len(found)} of the {len(refused)}"
+    return f"is made again: {told} files that the system refused can now be read. First: {found[:3]}"
 
 
-def _store_fingerprint(image_paths, root, image_size, options) -> str:
-    header = f"{_MAKERS} {tuple(image_size)} {sorted(options.items())}\n"
-    digest = hashlib.sha256(header.encode())
+def _reason(root: Path, path: str) -> str:
+    """Why a file cannot be read now; "" where it can."""
+    _, _, _, (reason,) = decode_files(root, [path], (1, 1), {})
+    return str(reason)
+
+
+def _read_quarantine(target: Path) -> pd.DataFrame:
+    """Read the names as they were written: scanners call files 6154, and one may be called NA."""
+    return pd.read_csv(target / "quarantine.csv", dtype=str, keep_default_na=False)
+
+
+def _states(root: Path, image_paths: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Size and modification time of each file; None where it is absent."""
+    states = []
     for path in image_paths:
         try:
             state = os.stat(root / path)
-            digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
-        except OSError:
-            digest.update(f"{path}\0absent\n".encode())
+            states.append((state.st_size, state.st_mtime_ns))
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            states.append(None)
+    return states
+
+
+def _store_fingerprint(image_paths, states, image_size, options) -> str:
+    header = f"{_MAKERS} {tuple(image_size)} {sorted(options.items())}\n"
+    digest = hashlib.sha256(header.encode())
+    for path, state in zip(image_paths, states):
+        told = "\0".join(map(str, state)) if state else "absent"
+        digest.update(f"{path}\0{told}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _build(target, image_paths, root, image_size, options, jobs, progress):
+def _build(target, image_paths, states, root, image_size, options, jobs, progress):
     """Make the missing shards, then join all into the store; the last step is a rename."""
     building = target.with_name(target.name + ".building")
     building.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(image_paths), SHARD_ROWS)
     shards = [building / f"{start:09d}.npy" for start in starts]
     parts = [image_paths[start : start + SHARD_ROWS] for start in starts]
-    tasks = {shard: (shard, root, part, image_size, options) for shard, part in zip(shards, parts)}
+    states = [states[start : start + SHARD_ROWS] for start in starts]
+    tasks = {
+        shard: (shard, root, part, image_size, options, state) for shard, part, state in zip(shards, parts, states)
+    }
     finished = sum(len(part) for shard, part in zip(shards, parts) if shard.exists())
     with bars.bar(len(image_paths), "decode", unit="image", done=finished, shown=progress) as bar:
         # Threads: decoding and resizing release the interpreter's lock.
         for count in fanout.build(decode_shard, tasks, what="shards", jobs=jobs):
             bar.update(count)
-    with runs.whole_folder(target) as joined:
+    with atomic.whole_folder(target) as joined:
         _join(joined, shards, image_paths, image_size)
     shutil.rmtree(building, ignore_errors=True)
 
 
 def decode_shard(
-    shard: Path, root: Path, image_paths: Sequence[str], image_size: tuple[int, int], options: Mapping
+    shard: Path,
+    root: Path,
+    image_paths: Sequence[str],
+    image_size: tuple[int, int],
+    options: Mapping,
+    states: Sequence[tuple[int, int] | None],
 ) -> int:
-    """Decode some images into one shard file, written whole: `np.save` of reasons, facts, images and thumbnails.
+    """Decode some images into one shard file, written whole: `np.savez`, whose checksums tell of damage.
+
+    Args:
+        shard: file to write.
+        root, image_paths, image_size, options: of `decode_files`.
+        states: size and modification time of each file, by which the store is named; None for an absent one.
 
     Returns:
         Number of paths handled.
+
+    Raises:
+        RuntimeError: a file has another state now, so that its pixels may not be those that the store is named by.
     """
-    pixels, thumbnails, facts, reasons = decode_files(root, image_paths, image_size, options)
-    with runs.whole(shard) as temporary, open(temporary, "wb") as file:
-        for array in (reasons, facts, pixels, thumbnails):
-            np.save(file, array, allow_pickle=False)
+    arrays = dict(zip(_ARRAYS, decode_files(root, image_paths, image_size, options)))
+    other = [path for path, now, told in zip(image_paths, _states(root, image_paths), states) if now != told]
+    if other:
+        raise RuntimeError(
+            f"{len(other)} files were changed while they were decoded; give the command again when nothing writes to "
+            f"{root}. First: {other[:3]}."
+        )
+    with atomic.whole(shard) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
     return len(image_paths)
 
 
@@ -194,6 +266,8 @@ def decode_files(
         except OSError as error:
             absent = isinstance(error, FileNotFoundError)
             reasons[row] = "absent" if absent else f"{_SYSTEM_REFUSED} {type(error).__name__}: {error.strerror}"
+        except MemoryError:
+            reasons[row] = f"{_SYSTEM_REFUSED} out of memory"
         else:
             facts[row] = images.facts(image)
             thumbnails[row] = images.thumbnail(image)
@@ -224,7 +298,7 @@ def decode_stream(
 
 
 def _join(joined, shards, image_paths, image_size):
-    reasons, facts = map(np.concatenate, zip(*(_load_shard(shard, 2) for shard in shards)))
+    reasons, facts = map(np.concatenate, zip(*(_load_shard(shard, "reasons", "facts") for shard in shards)))
     count = int((reasons == "").sum())
     np.save(joined / "facts.npy", facts[reasons == ""])
     with contextlib.ExitStack() as stack:
@@ -234,18 +308,26 @@ def _join(joined, shards, image_paths, image_size):
             header = np.lib.format.header_data_from_array_1_0(np.empty((0, *size), np.uint8))
             np.lib.format.write_array_header_1_0(files[-1], header | {"shape": (count, *size)})
         for shard in shards:
-            reasons_here, _, *arrays = _load_shard(shard, 4)
+            reasons_here, *arrays = _load_shard(shard, "reasons", "pixels", "thumbnails")
             kept = reasons_here == ""
             for file, array in zip(files, arrays):
                 (array if kept.all() else array[kept]).tofile(file)
     quarantine = pd.DataFrame({"image_path": image_paths, "reason": reasons}).query("reason != ''")
     quarantine.to_csv(joined / "quarantine.csv", index=False)
+    runs.write_json(joined / _HASHES, {name: runs.file_hash(joined / name) for name in ("facts.npy", "quarantine.csv")})
 
 
-def _load_shard(shard: Path, num_arrays: int) -> list[np.ndarray]:
-    """Read the first arrays of what `decode_shard` wrote."""
-    with open(shard, "rb") as file:
-        return [np.load(file) for _ in range(num_arrays)]
+def _load_shard(shard: Path, *names: str) -> list[np.ndarray]:
+    """Read arrays of what `decode_shard` wrote; one that is damaged is removed, so that the next call makes it."""
+    try:
+        with np.load(shard) as arrays:
+            return [arrays[name] for name in names]
+    except runs.DAMAGED as error:
+        shard.unlink(missing_ok=True)
+        raise RuntimeError(
+            f"{shard} is damaged ({str(error) or type(error).__name__}) and was removed; give the command again, which "
+            "makes it anew."
+        ) from error
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -290,8 +372,7 @@ def batch(
     pixels = images_[rows[chosen]]
     if augment is not None:
         pixels = augment(pixels, int(np.random.default_rng((seed, epoch, index)).integers(2**31)))
-    inputs = _inputs(pixels[..., None], beside, rows[chosen])
-    return (inputs, targets[chosen]) if weights is None else (inputs, targets[chosen], weights[chosen])
+    return _parts(_inputs(pixels[..., None], beside, rows[chosen]), targets, weights, chosen)
 
 
 def _inputs(pixels, beside, rows):
@@ -299,97 +380,23 @@ def _inputs(pixels, beside, rows):
     return {"image": pixels, **{name: values[rows] for name, values in beside.items()}} if beside else pixels
 
 
-def _signature(images_, rows, beside, targets, weights):
-    """Shapes and types of a batch of any number of rows; refuses weights that are not beside the rows."""
-    import tensorflow as tf
+def _parts(inputs, targets, weights, rows):
+    """What Keras takes: inputs alone, or a tuple of them and of the targets and weights at some rows, if given."""
+    others = [values[rows] for values in (targets, weights) if values is not None]
+    return (inputs, *others) if others else inputs
 
-    def spec(values):
-        return tf.TensorSpec((None, *values.shape[1:]), values.dtype)
 
+def _empty(images_, rows, targets, *, beside=None, weights=None, **_):
+    """A batch of no rows; refuses weights that are not beside the rows."""
     if weights is not None and (targets is None or np.shape(weights) != (len(rows),)):
         found = f"`weights` of shape {np.shape(weights)} with {'no' if targets is None else len(rows)} targets"
         raise ValueError(f"{found}; expected one weight a row, beside its target.")
-    inputs = tf.TensorSpec((None, *images_.shape[1:], 1), tf.uint8)
-    if beside:
-        inputs = {"image": inputs, **{name: spec(values) for name, values in beside.items()}}
-    others = [spec(values) for values in (targets, weights) if values is not None]
-    return (inputs, *others) if others else inputs
+    return _parts(_inputs(images_[:0][..., None], beside, slice(0)), targets, weights, slice(0))
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     """Return the number of batches that hold every row once."""
     return -(-num_rows // batch_size)
-
-
-class _AtWork:
-    """Counts the batches that are being made, so that the interpreter can end between them.
-
-    A dataset without end that is still there when Python ends makes batches ahead: one that is under way then would
-    wait for an interpreter that waits for it. From that moment on batches are empty, which fills the queues at once.
-    """
-
-    def __init__(self):
-        self._changed, self._count, self._closing, self._used = threading.Condition(), 0, False, False
-
-    def __enter__(self) -> bool:
-        with self._changed:
-            self._count += 1
-            self._used = True
-            return self._closing
-
-    def __exit__(self, *_):
-        with self._changed:
-            self._count -= 1
-            self._changed.notify_all()
-
-    def close(self):
-        with self._changed:
-            self._closing = True
-            self._changed.wait_for(lambda: not self._count)
-        if self._used:
-            time.sleep(0.1)  # for the queues
-
-
-_at_work = _AtWork()
-atexit.register(_at_work.close)
-
-
-def numbered_dataset(make: Callable[[int], object], signature, *, first: int = 0, count: int | None = None):
-    """Make a `tf.data.Dataset` of what a function makes of a batch's number, two batches at once and two ahead.
-
-    Args:
-        make: number -> nested dicts and tuples of arrays; called from several threads.
-        signature: `tf.TensorSpec` of each array, nested alike.
-        first: number of the first batch.
-        count: of batches; None for no end.
-
-    Returns:
-        Dataset, in the order of numbers.
-    """
-    import tensorflow as tf
-
-    # Not `from_generator`: it has the C library give back every array's memory, which costs half of the speed.
-    specs = tf.nest.flatten(signature)
-
-    def arrays_of(number):
-        with _at_work as closing:
-            if closing:
-                return [np.zeros([size or 0 for size in one.shape], one.dtype.as_numpy_dtype) for one in specs]
-            return tf.nest.flatten(make(int(number)))
-
-    def batch_of(number):
-        arrays = tf.numpy_function(arrays_of, [number], [one.dtype for one in specs])
-        for array, spec in zip(arrays, specs):
-            array.set_shape(spec.shape)
-        return tf.nest.pack_sequence_as(signature, arrays)
-
-    numbers = tf.data.Dataset.counter(first) if count is None else tf.data.Dataset.range(first, first + count)
-    found = numbers.map(batch_of, num_parallel_calls=_AT_ONCE).prefetch(_AT_ONCE)
-    # There is nothing to tune, and tf.data's autotuner sleeps ever longer, and may not wake where a dataset ends:
-    # `predict` and `evaluate` then stand still for up to as long as they took.
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return found.with_options(options)
 
 
 def training_dataset(
@@ -402,7 +409,7 @@ def training_dataset(
     first_epoch: int = 0,
     **options,
 ):
-    """Make a `tf.data.Dataset` of the batches of epoch `first_epoch`, the next, and so on without end.
+    """Make a dataset (`kerasmed.batches`) of the batches of epoch `first_epoch`, the next, and so on without end.
 
     Use it with `steps_per_epoch`. See `batch` for the arguments and further `options`.
     """
@@ -412,8 +419,7 @@ def training_dataset(
         epoch, index = divmod(number, steps)
         return batch(images_, rows, targets, seed=seed, epoch=epoch, index=index, batch_size=batch_size, **options)
 
-    signature = _signature(images_, rows, options.get("beside"), targets, options.get("weights"))
-    return numbered_dataset(make, signature, first=first_epoch * steps)
+    return batches.numbered_dataset(make, _empty(images_, rows, targets, **options), first=first_epoch * steps)
 
 
 def evaluation_dataset(
@@ -425,7 +431,7 @@ def evaluation_dataset(
     beside: Mapping[str, np.ndarray] | None = None,
     weights: np.ndarray | None = None,
 ):
-    """Make a `tf.data.Dataset` of every row once, in order, never augmented.
+    """Make a dataset (`kerasmed.batches`) of every row once, in order, never augmented.
 
     Args:
         images_: uint8, shape (num_images, height, width).
@@ -440,12 +446,10 @@ def evaluation_dataset(
 
     def make(index):
         here = slice(index * batch_size, (index + 1) * batch_size)
-        inputs = _inputs(images_[rows[here]][..., None], beside, rows[here])
-        others = [values[here] for values in (targets, weights) if values is not None]
-        return (inputs, *others) if others else inputs
+        return _parts(_inputs(images_[rows[here]][..., None], beside, rows[here]), targets, weights, here)
 
-    signature = _signature(images_, rows, beside, targets, weights)
-    return numbered_dataset(make, signature, count=steps_per_epoch(len(rows), batch_size))
+    empty = _empty(images_, rows, targets, beside=beside, weights=weights)
+    return batches.numbered_dataset(make, empty, count=steps_per_epoch(len(rows), batch_size))
 
 
 def datasets_of(
@@ -531,7 +535,8 @@ def predict_files(
             for model, class_names in models:
                 probabilities = np.full((len(reasons), len(class_names)), np.nan, np.float32)
                 if readable.any():
-                    probabilities[readable] = model.predict_on_batch(inputs)
+                    # Of several devices Keras asks each the whole batch, and gives the answers one after another.
+                    probabilities[readable] = model.predict_on_batch(inputs)[: readable.sum()]
                 table[[f"p_{name}" for name in class_names]] = probabilities
             tables.append(table)
             bar.update(len(reasons))

@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kerasmed import collection
+from kerasmed import atomic, collection
 from kerasmed.metrics import LOWER_IS_BETTER, interval
 from kerasmed.plots import COLOURS, panels
-from kerasmed.runs import LOCATION_PARAMETERS, whole, write_table
+from kerasmed.runs import LOCATION_PARAMETERS, write_table
 
 # What the runs of a block have in common, and with it what makes figures answers to one question: few images, or
 # others, are not the same one.
@@ -315,7 +315,7 @@ def write_html(path: str | os.PathLike, table: pd.DataFrame, ranked: pd.DataFram
         "<meta name=viewport content='width=device-width,initial-scale=1'><meta name=referrer content=no-referrer>"
         f"<title>kerasmed runs</title><style>{_STYLE}</style>{''.join(filter(None, sections))}</html>\n"
     )
-    with whole(path) as temporary:
+    with atomic.whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

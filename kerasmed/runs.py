@@ -3,9 +3,9 @@
 `models/<system>/<notebook>-<profile>-<10 hex>/` holds status.json, params.json, environment.json, split.csv,
 history.csv, predictions.csv, metrics.json, the models, figures/ and notebook.ipynb; the variants of a notebook lie in
 `variants/<name>/`; a notebook that only looks at data writes summary.json instead of metrics.json. A run is its folder,
-a `Path`. The ten digits are a hash of the notebook, its parameters, the data's fingerprint and the sources, so the same
-work finds the same folder and any change finds another. Every file is written under a temporary name and renamed: what
-has its final name is whole.
+a `Path`. The ten digits are a hash of the notebook, its parameters, the data's fingerprint, the sources and the Keras
+backend, so the same work finds the same folder and any change finds another. Every file is written under a temporary
+name and renamed: what has its final name is whole.
 """
 
 import contextlib
@@ -16,15 +16,17 @@ import math
 import os
 import re
 import shutil
-import socket
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 
-from kerasmed import locks, paths
+from kerasmed import atomic, locks, paths
+from kerasmed.environment import backend
 
 # Where things lie is no part of what a run computes.
 LOCATION_PARAMETERS = ("data_root", "models_root")
@@ -32,52 +34,19 @@ WEIGHT_SUFFIXES = (".keras", ".h5", ".npz", ".pth")
 KEY_DIGITS = 10
 PROGRESS = "progress.json"  # of a run and of a training, only while somebody is at work on it
 _PARTING_SECONDS = 20.0  # that the kernel of a killed command may take to end
+_STATED = ("notebook", "profile", "data_source", "finished")  # by status.json of a complete run
 _HELD: dict[Path, object] = {}  # run -> the lock that this kernel holds
+# What reading a damaged file raises, by NumPy, zipfile, HDF5 and Keras.
+DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, TypeError, NotImplementedError)
+DAMAGED += (zipfile.BadZipFile, zlib.error, struct.error, MemoryError)
+_RECORDED = (".json", ".csv", ".npz")  # of a run folder itself, status.json aside: status.json has their hashes
+
+
+class Damaged(FileNotFoundError):
+    """A complete run has lost a file, or one of its files is not as it was when the run ended."""
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it to `path` if the block succeeds, delete it if not.
-
-    The suffix is kept, for writers that look at it.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{_host_hash()}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`; rename it to `target` if the block succeeds, delete it if not.
-
-    Where another process has made `target` meanwhile, theirs stays. What killed processes of this machine left is
-    removed; on a shared disk, those of others may live.
-    """
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in target.parent.glob(f".{target.name}.{_host_hash()}.*.tmp"):
-        if not psutil.pid_exists(int(left_over.name.split(".")[-2])):
-            shutil.rmtree(left_over, ignore_errors=True)
-    temporary = target.with_name(f".{target.name}.{_host_hash()}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _plain(value):
@@ -95,7 +64,7 @@ def _plain(value):
 
 def write_json(path: str | os.PathLike, content) -> None:
     """Write `content` whole; NumPy values are converted, NaN and infinity become null."""
-    with whole(path) as temporary:
+    with atomic.whole(path) as temporary:
         temporary.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -104,15 +73,40 @@ def read_json(path: str | os.PathLike):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def read_mapping(path: str | os.PathLike) -> dict:
+    """Read a JSON file that holds a mapping.
+
+    Raises:
+        ValueError: it holds anything else; says in words what.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    try:
+        content = read_json(path)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"it is no JSON: {error}" if path.stat().st_size else "it is empty") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {kind_of(content)}, no mapping")
+    return content
+
+
+def kind_of(value) -> str:
+    """Name the kind of a JSON value."""
+    kinds = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
 def write_table(path: str | os.PathLike, frame: pd.DataFrame) -> None:
     """Write a DataFrame as CSV, whole, without its index."""
-    with whole(path) as temporary:
+    with atomic.whole(path) as temporary:
         frame.to_csv(temporary, index=False)
 
 
 def write_model(path: str | os.PathLike, model) -> None:
     """Write a Keras model as `.keras`, whole."""
-    with whole(path) as temporary:
+    with atomic.whole(path) as temporary:
         model.save(temporary)
 
 
@@ -134,7 +128,9 @@ def sources_hash(notebook: str) -> str:
 
 
 def key(notebook: str, parameters: Mapping, fingerprint: str) -> str:
-    """Hash what determines a run's results: notebook, parameters (not locations), data and sources.
+    """Hash what determines a run's results: notebook, parameters (not locations), data, sources and Keras's backend.
+
+    TensorFlow, the usual backend, is not named in the hash; the same weights under another give other last digits.
 
     Returns:
         10 hexadecimal digits.
@@ -148,6 +144,8 @@ def key(notebook: str, parameters: Mapping, fingerprint: str) -> str:
         "sources": sources_hash(notebook),
         "parameters": kept,
     }
+    if backend() != "tensorflow":
+        identity["backend"] = backend()
     # A file of weights may hold others tomorrow.
     files = {name: Path(value) for name, value in kept.items() if str(value).endswith(WEIGHT_SUFFIXES)}
     for name, path in files.items():
@@ -198,7 +196,7 @@ def start(
     """
     run = folder(system, notebook, parameters, fingerprint, models_root=models_root)
     state = status(run)
-    mine = state.get("host") == _host_hash() and state.get("pid") in (os.getpid(), os.getppid())
+    mine = state.get("host") == atomic.host_hash() and state.get("pid") in (os.getpid(), os.getppid())
     if locks.is_held(run) and not mine:
         raise locks.Busy(_busy(run))  # by a command that has not started this kernel
     _hold(run)
@@ -224,7 +222,7 @@ def mark_running(run: Path, system: str, notebook: str, profile: str, *, data_so
             "data_source": data_source,
             "started": _now(),
             "pid": os.getpid(),
-            "host": _host_hash(),
+            "host": atomic.host_hash(),
         },
     )
 
@@ -273,14 +271,9 @@ def _let_go() -> None:
 
 def _busy(run: Path) -> str:
     state = status(run)
-    here = state.get("host") == _host_hash()
+    here = state.get("host") == atomic.host_hash()
     where = f"process {state['pid']} of this machine" if here else "a process of another machine"
     return f"{run} has been written by {where} since {state.get('started', 'a moment ago')}; wait for it, or stop it."
-
-
-def _host_hash() -> str:
-    """Name of this machine, hashed: enough to ask whether a process of a run still lives here."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:10]
 
 
 def save_figure(run: Path, figure, name: str) -> Path:
@@ -289,7 +282,7 @@ def save_figure(run: Path, figure, name: str) -> Path:
         # Above all else: a legend outside the axes keeps to the lower edge of what is saved.
         figure.text(1, 1.0, "synthetic data", ha="right", va="bottom", fontsize=9, color="firebrick")
     path = run / "figures" / f"{name}.png"
-    with whole(path) as temporary:
+    with atomic.whole(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
     return path
 
@@ -303,7 +296,7 @@ def variant_folder(run: Path, variant: str) -> Path:
 
 def promote(run: Path, variant: str, name: str) -> None:
     """Copy the model of the variant chosen on validation up to `<name>.keras`."""
-    with whole(run / f"{name}.keras") as temporary:
+    with atomic.whole(run / f"{name}.keras") as temporary:
         shutil.copyfile(variant_folder(run, variant) / "model.keras", temporary)
 
 
@@ -348,10 +341,10 @@ def finish(
         "rows": [_without_draws(row) for row in rows],
         "weights": {path.relative_to(run).as_posix(): file_hash(path) for path in sorted(run.rglob("*.keras"))},
     }
-    with whole(run / "draws.npz") as temporary:
+    with atomic.whole(run / "draws.npz") as temporary:
         np.savez(temporary, **{str(number): row["draws"] for number, row in enumerate(headline) if "draws" in row})
     write_json(run / "metrics.json", content)
-    set_status(run, "complete")
+    set_status(run, "complete", files=_recorded(run))
     _let_go()
     return content
 
@@ -377,6 +370,17 @@ def file_hash(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hashes(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
+    """Hash the files of a folder (not of those below it) that end in one of some suffixes, by name."""
+    found = sorted(path for path in folder.iterdir() if path.suffix in suffixes and not path.name.startswith("."))
+    return {path.name: file_hash(path) for path in found}
+
+
+def _recorded(run: Path) -> dict[str, str]:
+    """Hash what a complete run is read by; status.json, where the hashes go, and progress.json, which goes, aside."""
+    return {name: told for name, told in hashes(run, _RECORDED).items() if name not in ("status.json", PROGRESS)}
+
+
 def summarize(run: Path, summary: Mapping) -> dict:
     """Write summary.json and mark the run complete: what `finish` is to a notebook that trains nothing.
 
@@ -400,7 +404,7 @@ def summarize(run: Path, summary: Mapping) -> dict:
         )
     content = {"data_source": read_json(run / "environment.json")["data_source"], **summary}
     write_json(run / "summary.json", content)
-    set_status(run, "complete")
+    set_status(run, "complete", files=_recorded(run))
     _let_go()
     return content
 
@@ -428,17 +432,51 @@ def set_status(run: Path, status: str, **details) -> None:
 
 
 def status(run: Path) -> dict:
-    """Read status.json; a run marked "running" that no process has locked any more reads as "interrupted"."""
+    """Read status.json; a run marked "running" that no process has locked any more reads as "interrupted".
+
+    Without the file it is "absent"; one that cannot be read, or has no status, is "unreadable", with the reason as
+    `error`.
+    """
     path = run / "status.json"
     if not path.exists():
         return {"status": "absent"}
     try:
-        current = read_json(path)
+        current = read_mapping(path)
+        if "status" not in current:
+            raise ValueError("it has no `status`")
+        if not isinstance(current["status"], str):
+            raise ValueError(f"its `status` is {kind_of(current['status'])}, no text")
     except ValueError as error:
         return {"status": "unreadable", "error": f"status.json: {error}"}
+    except OSError as error:
+        return {"status": "unreadable", "error": f"status.json: {error.strerror}"}
     if current["status"] == "running" and not (locks.is_held(run) or locks.is_held(_kernel(run))):
         current["status"] = "interrupted"
     return current
+
+
+def damaged(run: Path, *, only: Sequence[str] | None = None, models: bool = False) -> list[str]:
+    """List the files of a complete run that are absent or not as `finish` or `summarize` left them.
+
+    Args:
+        run: the run folder. Of one that an earlier version of the package wrote nothing is known, and nothing listed.
+        only: look at files of these names alone.
+        models: look at the models as well, but those of variants, by the hashes of metrics.json: of gigabytes, a second
+            each.
+    """
+    told = status(run).get("files")
+    told = (
+        {name: value for name, value in told.items() if only is None or name in only} if isinstance(told, dict) else {}
+    )
+    if models and (run / "metrics.json").exists() and "metrics.json" not in changed(run, told):
+        weights = read_json(run / "metrics.json").get("weights") or {}
+        told |= {name: value for name, value in weights.items() if not name.startswith("variants/")}
+    return changed(run, told)
+
+
+def changed(folder: Path, told: Mapping[str, str]) -> list[str]:
+    """List the files of a folder that are absent, or whose hash is not the one told."""
+    return [name for name, value in told.items() if not (folder / name).is_file() or file_hash(folder / name) != value]
 
 
 def find(
@@ -467,6 +505,7 @@ def find(
     Raises:
         FileNotFoundError: there is none, with the command that makes one; or the one named is of another notebook, or
             was made with other data.
+        Damaged: a file of the one found is not as the run left it; likewise a FileNotFoundError.
     """
     home = paths.models_root(models_root) / system
     command = f"`kerasmed run {notebook or 'NOTEBOOK'}{f' --profile {profile}' if profile else ''}`"
@@ -478,6 +517,12 @@ def find(
                     raise FileNotFoundError(
                         f"run {candidate} is {status(candidate)['status']}, not complete; finish it with {command}."
                     )
+                if unstated := _unstated(candidate):
+                    raise Damaged(
+                        f"status.json of run {candidate} does not say {', '.join(unstated)}: it is "
+                        f"damaged; make the run anew with {command}."
+                    )
+                _undamaged(candidate)
                 if not _is_fit(candidate, notebook):
                     raise FileNotFoundError(
                         f"run {candidate} only looks at data and has no model; make one with {command}."
@@ -499,6 +544,7 @@ def find(
         path.parent
         for path in home.glob(f"{notebook or ''}*/status.json")
         if status(path.parent)["status"] == "complete"
+        and not _unstated(path.parent)
         and _is_fit(path.parent, notebook)
         and fingerprint in (None, _data_of(path.parent))
     ]
@@ -510,7 +556,24 @@ def find(
         state = status(path)
         return state["data_source"] == "real", state["profile"] == profile, state["finished"]
 
-    return max(complete, key=rank)
+    return _undamaged(max(complete, key=rank))
+
+
+def _undamaged(run: Path) -> Path:
+    """Return a complete run if all is as it was when it was finished."""
+    lost = damaged(run)
+    if lost:
+        raise Damaged(
+            f"{', '.join(lost)} of run {run} is damaged, or was changed after the run; give the command that made the "
+            "run again: it makes anew what is damaged."
+        )
+    return run
+
+
+def _unstated(run: Path) -> list[str]:
+    """List what the status.json of a complete run should say as text, and does not."""
+    state = status(run)
+    return [name for name in _STATED if not isinstance(state.get(name), str)]
 
 
 def _is_fit(run: Path, notebook: str | None) -> bool:
@@ -518,6 +581,9 @@ def _is_fit(run: Path, notebook: str | None) -> bool:
     return not (run / "summary.json").exists() or status(run)["notebook"] == notebook
 
 
-def _data_of(run: Path) -> str:
-    """Fingerprint of the data that a run was made with."""
-    return read_json(run / "environment.json")["fingerprint"]
+def _data_of(run: Path) -> str | None:
+    """Fingerprint of the data that a run was made with; None where that cannot be read: it hides no other run."""
+    try:
+        return read_json(run / "environment.json")["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -6,6 +6,7 @@ by the ids of the manifest, files by their names.
 """
 
 import hashlib
+import logging
 import math
 import os
 import re
@@ -17,8 +18,9 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from kerasmed import dicom, fanout, locks, paths, runs
+from kerasmed import atomic, dicom, fanout, locks, paths, runs
 from kerasmed import progress as bars
+from kerasmed.manifest import check_paths
 
 NORMALISATIONS = ("gsl", "hist")
 PERCENTILES = (0.5, 99.5)  # of a series' values: what gsl shows black and white
@@ -27,8 +29,10 @@ COLUMNS = ("study_id", "series_id", "modality", "series_path")  # of a manifest
 _MAKERS = hashlib.sha256(b"".join(Path(each).read_bytes() for each in (dicom.__file__, __file__))).hexdigest()[:16]
 _SYSTEM_REFUSED = "system refused:"
 _NO_DECODER = "the extra `dicom` installs further ones"  # how `dicom` ends a reason that another decoder may mend
+_TABLES, _HASHES = ("index.csv", "slices.csv", "quarantine.csv"), "hashes.json"
 _MIN_AGREEMENT = 0.7  # length of the mean normal: slices turned by 45° either way still make one stack
 _WORDS = dict.fromkeys(("study_id", "series_id", "modality", "file", "path", "reason", "manufacturer", "sex"), str)
+logger = logging.getLogger(__name__)
 
 
 class Series(NamedTuple):
@@ -136,6 +140,8 @@ def read(root, files: Iterable[str]) -> Series:
             absent = isinstance(error, FileNotFoundError)
             refused = f"{_SYSTEM_REFUSED} {type(error).__name__}: {error.strerror}"
             quarantine.append((file, "absent" if absent else refused))
+        except MemoryError:
+            quarantine.append((file, f"{_SYSTEM_REFUSED} out of memory"))
     rows, ordered_by = order([each for _, each in found])
     names, slices = [found[row][0] for row in rows], [found[row][1] for row in rows]
     table = {"position": range(len(rows)), "file": names, "instance_number": [each.instance_number for each in slices]}
@@ -254,9 +260,10 @@ def convert(
 
     A series is decoded once. Its arrays are `<folder>/<fingerprint>/<normalisation>/<study>/<series>.npy`, its table
     rows `<folder>/<fingerprint>/series/<study>/<series>.json`; each is written whole, the rows last, so that a killed
-    call goes on where it stopped. index.csv, written after all others, marks the end. The fingerprint covers the
-    manifest's columns, the names, sizes and modification times of the series' files, the options and the sources.
-    Series with files that the system refused, or that no decoder at hand could read, are tried again by every call.
+    call goes on where it stopped. hashes.json, written after the tables of all series and over them, marks the end;
+    tables that have been damaged since are written again from the rows. The fingerprint covers the manifest's columns,
+    the names, sizes and modification times of the series' files, the options and the sources. Series with files that
+    the system refused, or that no decoder at hand could read, are tried again by every call.
 
     A series' files are the visible ones of its folder that end in one of `dicom.SUFFIXES`, in either case: copies such
     as 1.dcm.bak, Thumbs.db and notes count nowhere. Where none ends so, all visible files are taken, as scanners may
@@ -280,8 +287,10 @@ def convert(
         cannot be read; the rest of its series is kept.
 
     Raises:
-        ValueError: a column is missing, a series is named twice, an id makes no file name, an unknown normalisation,
-            or too much is unreadable; names the first.
+        ValueError: a column is missing, a series is named twice, an id makes no file name, a series_path is one that
+            `kerasmed.manifest.check_paths` refuses, an unknown normalisation, or too much is unreadable; names the
+            first.
+        RuntimeError: a series was changed meanwhile.
     """
     root, normalisations = Path(root), tuple(dict.fromkeys(normalisations))
     _check_normalisations(normalisations)
@@ -292,7 +301,7 @@ def convert(
     if not _is_whole(target):
         with locks.held(target):
             if not _is_whole(target):  # another process may have made it meanwhile
-                (target / "index.csv").unlink(missing_ok=True)
+                (target / _HASHES).unlink(missing_ok=True)
                 _build(target, asked, root, files, tuple(image_size), normalisations, window, jobs, progress)
     volumes = Volumes(
         target,
@@ -308,12 +317,22 @@ def load(volumes: Volumes, normalisation: str, row: int) -> np.ndarray:
     """Open the array of a series, uint8 memory map (slices, height, width); `row` is a position in `volumes.table`.
 
     Each array that is kept holds a file open, of which systems often allow 1,024; keep copies of what is needed.
+
+    Raises:
+        ValueError: a normalisation that was not written, or an array that is damaged.
+        FileNotFoundError: an array is gone.
     """
     if not (volumes.folder / normalisation).is_dir():
         written = [each for each in NORMALISATIONS if (volumes.folder / each).is_dir()]
         raise ValueError(f"{normalisation!r} was not written; `convert` was asked for {written}.")
     study, series = volumes.table.iloc[row][["study_id", "series_id"]]
-    return np.load(volumes.folder / normalisation / study / f"{series}.npy", mmap_mode="r")
+    path = volumes.folder / normalisation / study / f"{series}.npy"
+    try:
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is gone; delete {volumes.folder} and give the command again.") from error
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete {volumes.folder} and give the command again.") from error
 
 
 def middle(volumes: Volumes, normalisation: str, image_size: tuple[int, int] = (64, 64)) -> np.ndarray:
@@ -335,6 +354,7 @@ def _asked(manifest) -> pd.DataFrame:
     if missing:
         raise ValueError(f"the manifest has no columns {missing}; expected {list(COLUMNS)}.")
     asked = manifest[list(COLUMNS)].astype(str).reset_index(drop=True)
+    check_paths(asked["series_path"].tolist(), "column series_path")
     ids = asked[["study_id", "series_id"]]
     odd = ids[~ids.map(lambda name: bool(re.fullmatch(r"\w[\w.-]*", name))).all(axis=1)]
     if len(odd):
@@ -373,7 +393,8 @@ def _may_pass(reason: str) -> bool:
 
 
 def _read_csv(path) -> pd.DataFrame:
-    return pd.read_csv(path, dtype=_WORDS)
+    # A file or series may be called NA.
+    return pd.read_csv(path, dtype=_WORDS, keep_default_na=False, na_values=[""])
 
 
 def _check_share(volumes, asked, num_files, share) -> None:
@@ -394,7 +415,7 @@ def _build(target, asked, root, files, image_size, normalisations, window, jobs,
     notes = [target / "series" / row.study_id / f"{row.series_id}.json" for row in asked.itertuples()]
     options = (image_size, normalisations, window)
     tasks = {
-        note: (target, row.study_id, row.series_id, root / row.series_path, [name for name, *_ in states], *options)
+        note: (target, row.study_id, row.series_id, root / row.series_path, states, *options)
         for note, row, states in zip(notes, asked.itertuples(), files)
     }
     finished = sum(map(_is_done, notes))
@@ -406,22 +427,37 @@ def _build(target, asked, root, files, image_size, normalisations, window, jobs,
 
 
 def _is_whole(target: Path) -> bool:
-    """Whether all series are written, and none is worth another try."""
-    return (target / "index.csv").exists() and not any(map(_may_pass, _read_csv(target / "quarantine.csv")["reason"]))
+    """Whether all series are written, none is worth another try, and the tables are as they were."""
+    if not (target / _HASHES).exists():
+        return False
+    try:
+        lost = runs.changed(target, dict.fromkeys(_TABLES) | runs.read_json(target / _HASHES))
+        reasons = [] if lost else _read_csv(target / "quarantine.csv")["reason"]
+    except (*runs.DAMAGED, AttributeError) as error:
+        lost = [str(error)]
+    if lost:
+        logger.warning("tables of the series in %s are damaged and are made again: %s", target, "; ".join(lost))
+        return False
+    return not any(map(_may_pass, reasons))
 
 
 def _is_done(note: Path) -> bool:
-    return note.exists() and not any(_may_pass(reason) for _, reason in runs.read_json(note)["quarantine"])
+    try:
+        return note.exists() and not any(_may_pass(reason) for _, reason in runs.read_json(note)["quarantine"])
+    except (ValueError, TypeError, KeyError):  # damaged
+        return False
 
 
-def _convert_one(target, study_id, series_id, folder, names, image_size, normalisations, window) -> None:
-    """Read one series and write its arrays, then its rows."""
-    series = read(folder, names)
+def _convert_one(target, study_id, series_id, folder, states, image_size, normalisations, window) -> None:
+    """Read one series and write its arrays, then its rows; refuse files that are not those it is named by any more."""
+    series = read(folder, [name for name, *_ in states])
+    if _files(folder) != states:
+        raise RuntimeError(f"{folder} was changed while it was read; give the command again when nothing writes to it.")
     if series.slices:
         distribution = _distribution(series.slices)
         for normalisation in normalisations:
             pictures = _normalise(series.slices, normalisation, window, distribution)
-            with runs.whole(target / normalisation / study_id / f"{series_id}.npy") as temporary:
+            with atomic.whole(target / normalisation / study_id / f"{series_id}.npy") as temporary:
                 np.save(temporary, np.stack([_resize(each, image_size) for each in pictures]), allow_pickle=False)
     row = {"slices": len(series.slices), "ordered_by": series.ordered_by, **series.acquisition}
     files = [
@@ -452,3 +488,4 @@ def _write_tables(target, asked, notes) -> None:
     )
     runs.write_table(target / "quarantine.csv", pd.DataFrame(quarantine, columns=["path", "reason"]))
     runs.write_table(target / "index.csv", pd.DataFrame(index, columns=columns))
+    runs.write_json(target / _HASHES, {name: runs.file_hash(target / name) for name in _TABLES})

@@ -140,6 +140,8 @@ def folds(manifest: pd.DataFrame, class_names, *, num_folds: int = 5, seed: int 
 
 def _strata(labels: np.ndarray) -> np.ndarray:
     """Number the label sets: the class where classes exclude each other, else each combination, or the rarest label."""
+    if len(np.unique(labels, axis=0)) == len(labels) or not labels.shape[1]:
+        return np.zeros(len(labels), int)  # no two images alike: there are no shares to keep
     if (labels.sum(axis=1) == 1).all():
         return labels.argmax(axis=1)
     sets, numbers = np.unique(labels, axis=0, return_inverse=True)
@@ -160,7 +162,7 @@ def _limit_folds(manifest, class_names, num_folds):
     unknown = int(manifest[list(class_names)].isna().any(axis=1).sum())
     if unknown:
         raise ValueError(f"a label is unknown in {unknown} rows, which have no stratum; leave them out of the split.")
-    num_groups = manifest["group_id"].nunique()
+    num_groups = manifest["group_id"].astype(str).nunique()
     if num_groups < 3:
         raise ValueError(f"{num_groups} groups cannot fill train, valid and test; at least 3 are needed.")
     return min(num_folds, num_groups, int(np.bincount(_strata(manifest[list(class_names)].to_numpy(int))).max()))

@@ -8,7 +8,6 @@ after a kernel, and kernels end when the command does.
 import functools
 import itertools
 import math
-import reprlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from kerasmed import fanout, locks, notebooks
 from kerasmed.metrics import LOWER_IS_BETTER
-from kerasmed.notebooks import Notebook, Placed, parse_value
+from kerasmed.notebooks import Notebook, Placed, parse_value, read_yaml
 
 EXECUTED, FINISHED_ALREADY, FAILED, BUSY = "executed", "finished already", "failed", "busy"
 
@@ -131,12 +129,9 @@ def read_grid(path: Path) -> dict[str, list]:
         ValueError: no YAML, or something else than a mapping of names.
     """
     expected = "expected a YAML mapping of parameters to lists of values, such as `epochs: [5, 10]`"
-    try:
-        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}; {expected}.") from error
-    if not grid or not isinstance(grid, dict) or not all(isinstance(name, str) for name in grid):
-        raise ValueError(f"{path} holds {'nothing' if grid is None else reprlib.repr(grid)}; {expected}.")
+    grid = read_yaml(path, expected)
+    if not grid:
+        raise ValueError(f"{path} holds nothing; {expected}.")
     return grid
 
 

@@ -185,14 +185,16 @@ def _send(uri: str, run: Path, state: Mapping, content: Mapping, *, artefacts: P
     client = MlflowClient(tracking_uri=uri)
     place = None if artefacts is None else (artefacts / state["notebook"]).as_uri()
     experiment = _experiment(client, state["notebook"], place)
+    begun, ended = (_milliseconds(state[name]) for name in ("started", "finished"))
     key = {"kerasmed.key": run.name, "kerasmed.finished": state["finished"]}
-    wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in key.items())
-    found = client.search_runs([experiment], filter_string=wanted, max_results=1)
+    # A time can stand in MLflow's query, as it was read as one; a folder's name may hold quotes, and is compared here.
+    wanted = f"tags.`kerasmed.finished` = '{state['finished']}'"
+    found = client.search_runs([experiment], filter_string=wanted)
+    found = [each for each in found if each.data.tags["kerasmed.key"] == run.name]
     if found and found[0].info.status in ("FINISHED", "FAILED"):
         return found[0].info.run_id
     parameters, cut = _parameters(content["params"])
     files, left_out = _artefacts(run)
-    begun, ended = (_milliseconds(state[name]) for name in ("started", "finished"))
     tags = _tags(run, state, content["environment"]) | {
         **{"mlflow.source.name": state["notebook"], "mlflow.source.type": "NOTEBOOK"},
         **({"kerasmed.cut": ", ".join(cut)[:MAX_ERROR]} if cut else {}),

@@ -1,5 +1,6 @@
 """Fit a model so that a killed training goes on exactly where its last whole epoch ended."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -12,7 +13,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import backbones, runs
+from kerasmed import atomic, backbones, runs, saved_models
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +115,22 @@ def fit(
     mode = _mode(monitor, metrics)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "model.keras").exists():
-        model.set_weights(keras.saving.load_model(folder / "model.keras").get_weights())
-        return pd.read_csv(folder / "history.csv")
+    if (folder / "model.keras").exists() and (folder / "history.csv").exists():
+        try:
+            model.set_weights(saved_models.read(folder / "model.keras").get_weights())
+            return pd.read_csv(folder / "history.csv")
+        except runs.DAMAGED as error:
+            _begin_anew(folder / "model.keras", error)
 
     # What dropout draws in a stage must not depend on whether the stage before it was trained or found finished.
     for variable in model.variables:
         if variable.path.endswith("seed_generator_state"):
             variable.assign(variable * np.array([1, 0], "uint32"))
+    if keras.backend.backend() == "torch":
+        # Without a seed of its own, a layer draws from PyTorch's global state, which is no part of the checkpoint.
+        for layer in model._flatten_layers():  # those of nested models as well
+            if hasattr(layer, "seed_generator") and layer.seed_generator._initial_seed is None:
+                layer.seed_generator._initial_seed = 0
     trained = keras.Model(model.inputs, model.get_layer("logits").output, name=model.name)
     rate = (
         keras.optimizers.schedules.CosineDecay(learning_rate, steps_per_epoch * epochs)
@@ -142,16 +151,17 @@ def fit(
     first_epoch = checkpoint.load(trained)
     if first_epoch:
         logger.warning("resuming %s after epoch %d", folder.name, first_epoch)
-    trained.fit(
-        train(first_epoch),
-        validation_data=valid,
-        epochs=max(epochs, first_epoch),
-        initial_epoch=epochs if checkpoint.stopped else first_epoch,
-        steps_per_epoch=steps_per_epoch,
-        shuffle=False,
-        verbose=0,
-        callbacks=[*watched, checkpoint],
-    )
+    with _statistics_of_whole_batches(trained):
+        trained.fit(
+            train(first_epoch),
+            validation_data=valid,
+            epochs=max(epochs, first_epoch),
+            initial_epoch=epochs if checkpoint.stopped else first_epoch,
+            steps_per_epoch=steps_per_epoch,
+            shuffle=False,
+            verbose=0,
+            callbacks=[*watched, checkpoint],
+        )
     # The two models share their layers: early stopping has put the best weights into both.
     history = pd.DataFrame(checkpoint.history)
     values = history[monitor]
@@ -160,6 +170,31 @@ def fit(
     runs.write_model(folder / "model.keras", model)
     (folder / "checkpoint.npz").unlink(missing_ok=True)
     return history
+
+
+@contextlib.contextmanager
+def _statistics_of_whole_batches(model):
+    """Have batch normalisation see a batch whole where TensorFlow shares it out among devices, while a block runs.
+
+    Not for good: a model that is saved so could not be trained with another backend.
+    """
+    # Those of nested models as well.
+    norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    apart = [layer for layer in norms if not layer.synchronized]
+    shared = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
+    for layer in apart:
+        layer.synchronized = shared > 1
+    try:
+        yield
+    finally:
+        for layer in apart:
+            layer.synchronized = False
+
+
+def _begin_anew(path, error):
+    """Warn of a file that cannot be read, and remove it."""
+    logger.warning("%s is damaged (%s); this training begins anew", path, str(error) or type(error).__name__)
+    path.unlink()
 
 
 def fit_stages(
@@ -194,11 +229,11 @@ def fit_stages(
     tables = [pd.read_csv(each / "history.csv").assign(stage=stage.name) for each, stage in zip(finished, stages)]
     best = int(np.argmin([table.loc[table["kept"], "val_loss"].iloc[0] for table in tables]))
     if best != len(stages) - 1:  # whose weights the model has
-        model.set_weights(keras.saving.load_model(finished[best] / "model.keras").get_weights())
+        model.set_weights(saved_models.read(finished[best] / "model.keras").get_weights())
     history = pd.concat([table.assign(kept=table["kept"] & (at == best)) for at, table in enumerate(tables)])
     history = history.assign(epoch=np.arange(1, len(history) + 1)).reset_index(drop=True)
     runs.write_table(folder / "history.csv", history)
-    with runs.whole(folder / "model.keras") as temporary:
+    with atomic.whole(folder / "model.keras") as temporary:
         shutil.copyfile(finished[best] / "model.keras", temporary)
     return history
 
@@ -243,9 +278,13 @@ class _Checkpoint(keras.callbacks.Callback):
         """Put saved variables into the model and its optimizer; return the number of epochs that they have seen."""
         if not self.path.exists():
             return 0
-        with np.load(self.path) as saved:
-            state = json.loads(str(saved["state"]))
-            arrays = {name: saved[name] for name in saved.files if name != "state"}
+        try:
+            with np.load(self.path) as saved:  # which compares checksums
+                state = json.loads(str(saved["state"]))
+                arrays = {name: saved[name] for name in saved.files if name != "state"}
+        except runs.DAMAGED as error:
+            _begin_anew(self.path, error)
+            return 0
         variables = _variables(model)
         if [list(v.shape) for v in variables] != state["shapes"]:
             raise ValueError(
@@ -310,7 +349,7 @@ class _Checkpoint(keras.callbacks.Callback):
         }
         arrays = {f"variable_{position}": keras.ops.convert_to_numpy(v) for position, v in enumerate(variables)}
         arrays |= {f"best_{position}": weight for position, weight in enumerate(best)}
-        with runs.whole(self.path) as temporary:
+        with atomic.whole(self.path) as temporary:
             np.savez(temporary, state=np.array(json.dumps(state, default=float)), **arrays)
         runs.write_table(self.path.with_name("history.csv"), pd.DataFrame(self.history))
         if time.perf_counter() - self._printed >= _SECONDS_A_LINE:

@@ -13,6 +13,12 @@ from kerasmed import notebooks
 from kerasmed.datasets import brain
 
 
+def pytest_collection_modifyitems(items):
+    """Put whole notebooks first: begun last, they would keep one of two processes long after the other is done."""
+    places = ("systems", "reliability")
+    items.sort(key=lambda item: next((n for n, name in enumerate(places) if name in item.path.parts), len(places)))
+
+
 @pytest.fixture(autouse=True)
 def own_roots(tmp_path, monkeypatch):
     """Caches and runs of a test go to its own folder; no data root is named."""
@@ -82,7 +88,7 @@ def write_cascade_run():
         pictures = np.stack([cv2.resize(one, (32, 32), interpolation=cv2.INTER_CUBIC) for one in coarse])[..., None]
         for model in networks.values():  # so that pictures are told apart, and no answer is sure
             logits = model.get_layer("logits")
-            told = keras.Model(model.inputs, logits.output)(pictures).numpy()
+            told = keras.ops.convert_to_numpy(keras.Model(model.inputs, logits.output)(pictures))
             logits.kernel.assign(logits.kernel / told.std(axis=0))
             logits.bias.assign(-told.mean(axis=0) / told.std(axis=0))
         options = {"image_size": [32, 32], "fit": fit, "interpolation": "area", "equalize": False}

@@ -176,7 +176,7 @@ def test_build_from_imagenet_takes_the_cached_file_and_says_so(mobile, keras_hom
 # --- the rescaling of EfficientNets B ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["EfficientNetB0", "EfficientNetB3"])
+@pytest.fixture(params=["EfficientNetB0", pytest.param("EfficientNetB3", marks=pytest.mark.slow)])
 def published(request, tmp_path, monkeypatch, rng):
     """An EfficientNet B as Keras builds it with ImageNet weights and without, and a file that passes for them."""
     keras.utils.set_random_seed(0)
@@ -214,6 +214,7 @@ def test_build_of_efficientnet_b_equals_keras_with_its_extra_rescaling(published
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("published", ["EfficientNetB0"], indirect=True)
 def test_build_of_efficientnet_b_from_its_own_and_keras_files_folds_once(published, tmp_path, rng):
     name, theirs, without = published
     ours, _ = backbones.build(name, (32, 32))
@@ -341,7 +342,7 @@ def test_read_tensors_of_other_files_are_refused(tmp_path):
     with pytest.raises(backbones.WeightsError, match="cut.h5 cannot be read as HDF5"):
         backbones.read_tensors(tmp_path / "cut.h5")
     (tmp_path / "text.keras").write_text("not a model")
-    with pytest.raises(backbones.WeightsError, match="text.keras cannot be read as a whole .keras model"):
+    with pytest.raises(backbones.WeightsError, match="text.keras is no .keras file"):
         backbones.read_tensors(tmp_path / "text.keras")
 
 
@@ -619,8 +620,9 @@ def test_table_hashes_and_folders_are_in_the_source_of_keras(name):
         assert BACKBONES[name].md5 in source
 
 
+# Of networks that differ in depth alone, one.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("DenseNet121", "EfficientNetB0")])
 def test_build_of_each_backbone_agrees_with_keras_and_with_itself(name, tmp_path, monkeypatch, rng):
     keras.utils.set_random_seed(0)
     side = BACKBONES[name].smallest_side
@@ -644,15 +646,14 @@ def test_build_of_each_backbone_agrees_with_keras_and_with_itself(name, tmp_path
     # Saved and loaded whole.
     _enliven(model, rng)
     model.save(tmp_path / "m.keras")
-    features = model.predict(pixels, verbose=0)
-    reloaded = keras.saving.load_model(tmp_path / "m.keras")
-    assert np.abs(reloaded.predict(pixels, verbose=0) - features).max() == 0.0
+    features = _features(model, pixels)
+    copy = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(_features(copy, pixels), features)
     _assert_lively(features)
 
     # A legacy file, read by us and by Keras.
     legacy = _write_legacy(tmp_path / "notop.h5", model)
-    features = _features(model, pixels)
-    copy, _ = backbones.build(name, (side, side), weights="none")
+    copy.set_weights([np.zeros_like(weight) for weight in copy.get_weights()])
     receipt = backbones.transfer(copy, backbones.read_tensors(legacy), source="file")
     assert receipt.share == 1 and len(receipt.matched) == len(model.weights)
     np.testing.assert_array_equal(_features(copy, pixels), features)

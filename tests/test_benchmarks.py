@@ -5,7 +5,11 @@ import json
 import sys
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
+
+from kerasmed import environment
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -20,6 +24,7 @@ def _load(name):
 
 measure = _load("measure")
 run = _load("run")
+gpu = _load("gpu")
 
 
 def test_rounds_go_by_turns_in_both_directions_after_the_warm_ones():
@@ -86,5 +91,128 @@ def test_table_says_what_falls_short_and_why_and_what_was_not_measured(scripts):
 
 
 def test_run_knows_all_scripts_and_refuses_others(capsys):
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*run.NAMES, "measure", "run"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*run.NAMES, "measure", "run", "gpu"}
     assert run.main(["nonsense"]) == 2 and "unknown: nonsense" in capsys.readouterr().err
+
+
+def test_multiply_adds_are_those_of_convolutions_and_dense_layers():
+    inputs = keras.Input((8, 6, 2))
+    x = keras.layers.Conv2D(5, 3, padding="same")(inputs)  # 48 places of 3·3·2·5
+    x = keras.layers.DepthwiseConv2D(3)(x)  # 24 places of 3·3·5
+    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.Dense(7)(keras.layers.GlobalAveragePooling2D()(x))
+    assert gpu.multiply_adds(keras.Model(inputs, x)) == 48 * 90 + 24 * 45 + 35
+
+
+def test_multiply_adds_of_vgg19_are_those_published():
+    model = keras.applications.VGG19(weights=None)
+    assert gpu.multiply_adds(model) == pytest.approx(19.6e9, rel=0.01)  # Simonyan & Zisserman's E, 224×224
+
+
+@pytest.mark.slow
+def test_measured_network_predicts_as_the_plain_one_and_has_rates():
+    rows = list(gpu.measured("MobileNetV2", 2, precision="float32", size=(32, 32), steps=1))
+    assert [(row.mode, row.batch) for row in rows] == [("inference", 2), ("training", 2)]
+    assert all(row.ours > 0 and row.plain > 0 for row in rows)
+    assert rows[1].operations == 3 * rows[0].operations
+
+
+def _tiny(name, size):
+    """Two networks alike, in place of those of `gpu.networks`."""
+
+    def one():
+        inputs = keras.Input((*size, 1), dtype="uint8")
+        x = keras.layers.Rescaling(1 / 255, name="preprocess")(inputs)
+        x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(2, 3)(x))
+        return keras.Model(inputs, keras.layers.Dense(gpu.LABELS, activation="sigmoid", dtype="float32")(x))
+
+    ours, plain = one(), one()
+    plain = keras.Model(plain.get_layer("preprocess").output, plain.output)
+    plain.set_weights(ours.get_weights())
+    return ours, plain
+
+
+def test_measured_networks_compute_in_the_precision_that_the_page_names(monkeypatch):
+    monkeypatch.setattr(gpu, "networks", _tiny)
+    told = []
+    monkeypatch.setattr(
+        gpu, "check", lambda ours, plain, *_: told.append((gpu.computed_in(ours), gpu.computed_in(plain)))
+    )
+    try:
+        environment.setup(seed=0, precision="mixed_bfloat16", devices=[])
+        options = {"size": (8, 8), "steps": 1}
+        assert len(list(gpu.measured("tiny", 2, precision="mixed_bfloat16", **options))) == 2
+        assert told == [({"bfloat16"}, {"bfloat16"})]
+        with pytest.raises(AssertionError, match="tiny computes in .'bfloat16'.; expected .'float32'., of float32"):
+            next(gpu.measured("tiny", 2, precision="float32", **options))
+    finally:
+        environment.setup(seed=0, devices=[])
+
+
+def test_choose_backend_has_jax_leave_memory_before_it_is_asked(monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu.os, "environ", {})
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(gpu, "_sees_gpu", lambda name: seen.append(gpu.os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]))
+    gpu.choose_backend()
+    assert seen == ["false"] * 3
+
+
+def test_check_refuses_a_plain_network_of_other_weights():
+    ours, plain = gpu.networks("MobileNetV2", (32, 32))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), dtype=np.uint8)
+    inputs = gpu.prepared(ours, pixels)
+    assert inputs.shape == (2, 32, 32, 3) and gpu.check(ours, plain, pixels, inputs) < 1e-4
+    plain.layers[-1].set_weights([plain.layers[-1].get_weights()[0][:, ::-1], np.zeros(gpu.LABELS)])
+    with pytest.raises(AssertionError, match="predicts otherwise"):
+        gpu.check(ours, plain, pixels, inputs)
+
+
+def test_gpu_rate_says_what_does_not_fit_and_lets_other_errors_out():
+    def full():
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    def broken():
+        raise RuntimeError("no such layer")
+
+    assert gpu.rate({"ours": full}, 1, count=5) is None
+    with pytest.raises(RuntimeError, match="no such layer"):
+        gpu.rate({"ours": broken}, 1, count=5)
+
+
+def test_gpu_table_states_device_rates_and_share_of_peak():
+    machine = {
+        "devices": ["NVIDIA H200, compute capability 9.0"],
+        "backend": "jax",
+        "precision": "mixed_bfloat16",
+        "commit": "abc",
+        "cpu_count": 16,
+        "versions": {"keras": "3.15.1", "jax": "0.10.2", "torch": None, "numpy": "2.4"},
+    }
+    rows = [
+        gpu.Row("VGG19", "training", 32, 1000.0, 800.0, 98.9e9),
+        gpu.Row("VGG19", "training", 512, None, None, 98.9e9),
+        gpu.Row(gpu.VOLUMES, "inference", 1, 10.0, None, 1e12),
+    ]
+    text = gpu.table(rows, machine, (12000.0, 12.0))
+    assert "NVIDIA H200, compute capability 9.0; backend jax, mixed_bfloat16, keras 3.15.1, jax 0.10.2;" in text
+    assert "| VGG19 | training | 32 | 1000 | 800 | 1.25 | 98.9 | 10.0% |" in text
+    assert "| VGG19 | training | 512 | does not fit |" in text
+    assert (
+        "| MedicalNet-152 | inference | 1 | 10 | – | – | 10 | 1.0% |" in text and "12 times what the quickest" in text
+    )
+    unknown = gpu.table(rows, machine | {"devices": ["Some GPU"]}, None)
+    assert "not known" in unknown and "12 times" not in unknown
+
+
+def test_gpu_without_one_measures_and_writes_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results_gpu.md")
+    monkeypatch.setattr(environment, "setup", lambda **_: {"devices": ["CPU"], "backend": "tensorflow"})
+    assert gpu.main([]) == 1 and "nothing is measured" in capsys.readouterr().err
+    assert not gpu.RESULTS.exists()
+
+
+def test_results_of_a_gpu_name_one_or_say_that_none_was_measured():
+    text = (FOLDER / "results_gpu.md").read_text(encoding="utf-8")
+    assert "\nNot measured: no GPU" in text or "; backend " in text and "| share of peak |" in text

@@ -336,8 +336,7 @@ def test_resample_of_missing_values_or_unknown_sampling_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", ["none", "smote"])
-@pytest.mark.parametrize(("name", "leak"), [("svc", 0.55), ("lightgbm", 0.75)])
+@pytest.mark.parametrize(("name", "leak", "sampling"), [("svc", 0.55, "none"), ("lightgbm", 0.75, "smote")])
 def test_fit_predict_of_labels_shuffled_between_studies_is_chance_in_grouped_folds_only(name, leak, sampling):
     # Labels of a study are alike, and so are its embeddings, but no study's embedding tells another's labels.
     rng = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from kerasmed import audit, datasets, paths, pipelines, runs, serving
+from kerasmed import audit, datasets, environment, paths, pipelines, runs, serving
 from kerasmed.cli import main
 
 
@@ -348,13 +348,17 @@ def test_app_without_streamlit_or_port_says_how_to_mend_it(served, tmp_path, mon
     assert not served
 
 
-def test_predict_brain_takes_a_named_run_of_the_cascade_and_by_itself_one_of_07(tmp_path, write_cascade_run):
+def test_predict_brain_takes_a_named_run_of_the_cascade_and_by_itself_one_of_07(
+    tmp_path, write_cascade_run, monkeypatch
+):
     run = write_cascade_run(tmp_path / "m")
     picture = tmp_path / "slice.png"
     cv2.imwrite(str(picture), np.random.default_rng(0).integers(0, 256, (40, 30), dtype=np.uint8))
     out, roots = tmp_path / "told.csv", ("--models-root", tmp_path / "m")
+    setup, asked = environment.setup, []
+    monkeypatch.setattr(environment, "setup", lambda **how: (asked.append(how["devices"]), setup(**how))[1])
     done = _call("predict", "brain", picture, "--run", run.name, "--out", out, *roots)
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 0 and asked == [[]], done.output
     (told,) = pd.read_csv(out).to_dict("records")
     joint = [value for name, value in told.items() if name.startswith("p_")]
     assert len(joint) == 7 and sum(joint) == pytest.approx(1, abs=1e-6)

@@ -1,7 +1,10 @@
 import io
 import logging
+import struct
+import threading
 import traceback
 import types
+import warnings
 from pathlib import Path
 
 import cv2
@@ -10,6 +13,7 @@ import pydicom
 import pytest
 from pydicom import encaps, uid
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.pixels.decoders import rle
 
 from kerasmed import dicom
 
@@ -450,6 +454,51 @@ def test_read_slices_of_more_frames_than_fit_is_refused_before_decoding(tmp_path
         dicom.read_slices(path)
 
 
+def test_read_slices_of_more_frames_than_are_read_is_refused(tmp_path, monkeypatch):
+    path = _dicom(tmp_path / "a.dcm", np.zeros((3, 2, 2), np.uint8))
+    monkeypatch.setattr(dicom, "MAX_FRAMES", 2)
+    with pytest.raises(dicom.ImageError, match="3 frames in a DICOM file, more than the 2 that are read"):
+        dicom.read_slices(path)
+
+
+def test_read_run_lengths_of_far_more_pixels_are_refused_before_decoding(tmp_path, ramp, monkeypatch):
+    runs = bytes([1, 0, 0, 0, 64]) + bytes(59) + b"\x81\0" * 4000  # of 512,000 zeros
+    path = _dicom(tmp_path / "a.dcm", ramp, syntax=uid.RLELossless, PixelData=encaps.encapsulate([runs]))
+    monkeypatch.setattr(pydicom.pixels, "pixel_array", None)
+    with pytest.raises(dicom.ImageError, match="8064 bytes of run lengths, where a frame has 2000 of pixels"):
+        _read_one(path)
+
+
+@pytest.mark.parametrize("tail", [b"", b"\0"])
+def test_read_deflated_dicom_of_megabytes_with_padding_behind_it_comes_back(tmp_path, tail):
+    pixels = np.zeros((1200, 1000), np.uint16)
+    pixels[0, 0] = 7
+    path = _dicom(tmp_path / "a.dcm", pixels, syntax=uid.DeflatedExplicitVRLittleEndian)
+    path.write_bytes(path.read_bytes() + tail)
+    np.testing.assert_array_equal(_read_one(path), pixels)
+
+
+def test_quiet_in_threads_that_overlap_keeps_the_filters_and_puts_them_back():
+    entered, leave = threading.Event(), threading.Event()
+
+    def reader():
+        with dicom.quiet():
+            entered.set()
+            leave.wait(10)
+
+    before = list(warnings.filters)
+    thread = threading.Thread(target=reader)
+    thread.start()
+    assert entered.wait(10)
+    with dicom.quiet():
+        inside = list(warnings.filters)
+        leave.set()
+        thread.join()
+        # The first has left, but what it had set is still wanted
+        assert warnings.filters == inside != before
+    assert warnings.filters == before
+
+
 def test_read_randomly_damaged_dicom_is_read_or_refused(tmp_path, ramp, rng):
     whole = np.frombuffer(_dicom(tmp_path / "a.dcm", ramp, RescaleSlope=2, RescaleIntercept=1).read_bytes(), np.uint8)
     outcomes = set()
@@ -478,3 +527,34 @@ def test_study_uid_is_the_files_own_and_empty_where_there_is_none(tmp_path, ramp
     (tmp_path / "cut").write_bytes(path.read_bytes()[:140])
     assert dicom.is_dicom(tmp_path / "cut") and dicom.study_uid(tmp_path / "cut") == ""
     assert not dicom.is_dicom(tmp_path / "absent")
+
+
+def test_study_uid_of_a_deflated_bomb_is_not_looked_for(tmp_path, ramp, monkeypatch):
+    syntax = uid.DeflatedExplicitVRLittleEndian
+    path = _dicom(tmp_path / "a.dcm", ramp, syntax=syntax, StudyInstanceUID="1.2.3", ImageComments="x" * 5000)
+    assert dicom.study_uid(path) == "1.2.3"
+    monkeypatch.setattr(dicom, "MAX_PIXELS", 1000)  # of which a data set may inflate to four times as many bytes
+    assert dicom.study_uid(path) == "" and dicom.study_uid(tmp_path / "absent") == "" == dicom.study_uid(tmp_path)
+
+
+def test_run_lengths_by_hand():
+    # 3 times "a", no operation, "bc", then a header whose bytes are cut off
+    assert dicom._run_lengths(b"\xfea" + b"\x80" + b"\x01bc" + b"\x05d", 100) == 3 + 2 + 1
+    assert dicom._run_lengths(b"\x81\x00" * 100, 500) == 4 * 128  # no further than it needs to
+
+
+def test_decode_of_run_lengths_that_unpack_to_far_more_is_refused_before_that(tmp_path, ramp, monkeypatch):
+    pixels = np.resize(ramp, (720, 720))
+
+    def frame(segment):
+        data = encaps.encapsulate([struct.pack("<16I", 1, 64, *[0] * 14) + segment])
+        return _dicom(tmp_path / "a.dcm", pixels, syntax=uid.RLELossless, PixelData=data)
+
+    # The worst encoder: a header before each byte
+    path = frame(b"".join(b"\0" + bytes([value]) for value in pixels.ravel()))
+    np.testing.assert_array_equal(dicom.decode(path.read_bytes(), path)[0], pixels)
+    # No longer than that, and 123 times as many bytes as a frame has
+    path = frame(b"\x81\0" * 500_000)
+    monkeypatch.setattr(rle, "_rle_decode_segment", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(dicom.ImageError, match="run lengths of more pixels than the 518400 of a frame"):
+        dicom.decode(path.read_bytes(), path)

@@ -7,6 +7,11 @@ import pytest
 
 from kerasmed import backbones, embeddings
 
+for_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="tf.data serves TensorFlow alone; tests/test_batches.py has the rest",
+)
+
 
 def _encoder(size=(8, 8)):
     """Mean grey level and mean square of a slice, so that every value can be worked out by hand."""
@@ -68,6 +73,7 @@ def test_encode_slices_killed_call_goes_on_with_what_is_missing(tmp_path, monkey
     assert asked == [] and [path.name for path in tmp_path.glob("[!.]*")] == ["features.npy"]
 
 
+@for_tensorflow
 def test_encode_slices_has_batches_that_are_not_tuned(tmp_path, monkeypatch):
     # Where a dataset ends, tf.data's autotuner may hold `predict` up for seconds.
     encoder, given = _encoder(), []
@@ -144,9 +150,10 @@ def test_encode_slices_does_not_depend_on_the_other_slices_of_a_batch(tmp_path):
     embeddings.calibrate(encoder, np.concatenate(volumes)[..., None], batch_size=5)
     together = embeddings.encode_slices(encoder, *_given(volumes), tmp_path / "a", batch_size=5, progress=False)
     alone = embeddings.encode_slices(encoder, *_given(volumes[1:]), tmp_path / "b", batch_size=1, progress=False)
-    # Kernels for one picture and for five add up in another order, through fifty layers of random weights.
-    np.testing.assert_allclose(together[3:], alone, atol=0.01)
-    assert np.abs(np.asarray(encoder(volumes[1][..., None], training=True)) - alone).max() > 0.1
+    # Kernels for one picture and for five add up in another order, which fifty layers of random weights make much of in
+    # a few features; the statistics of a batch move all of them.
+    assert np.abs(together[3:] - alone).mean() < 1e-3
+    assert np.abs(np.asarray(encoder(volumes[1][..., None], training=True)) - alone).mean() > 0.1
 
 
 def _index():
@@ -173,6 +180,7 @@ def test_bag_inputs_places_without_a_slice_are_masked_zeros():
     assert inputs["canal_mask"].tolist() == [[True, False], [False, False]]
 
 
+@for_tensorflow
 def test_bag_dataset_shuffles_by_epoch_and_resumes_at_one():
     values, bags = np.arange(12, dtype=np.float32).reshape(12, 1), {"a": np.arange(12).reshape(12, 1)}
     studies, y = np.array([1, 3, 5, 7, 9, 11, 0]), np.arange(7, dtype=np.float32)
@@ -190,6 +198,7 @@ def test_bag_dataset_shuffles_by_epoch_and_resumes_at_one():
         assert pairs == sorted(zip(y.tolist(), studies.astype(float).tolist()))
 
 
+@for_tensorflow
 def test_bag_dataset_without_seed_is_every_study_once_in_order():
     values, bags = np.arange(5, dtype=np.float32).reshape(5, 1), {"a": np.arange(5).reshape(5, 1)}
     dataset = embeddings.bag_dataset(values, bags, np.array([4, 2, 0]), batch_size=2)
@@ -222,6 +231,7 @@ def test_write_and_read_keep_ids_as_text(tmp_path):
     assert table[["0", "1"]].to_numpy().tolist() == [[0.5, 1.25], [2.0, -3.0]]
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_encode_slices_in_batches_is_four_times_as_fast_as_slice_by_slice(tmp_path):
     size, count = (96, 96), 192
@@ -273,6 +283,7 @@ def test_modality_inputs_hide_what_is_not_shown_and_refuse_a_study_of_nothing():
         embeddings.modality_inputs(values, bags, np.array([[True, True], [False, True]]))
 
 
+@for_tensorflow
 def test_dataset_of_bags_has_places_that_differ_by_batch():
     bags = np.full((3, 1, 40), -1)
     bags[0, 0, :20], bags[1:, 0, :2] = 0, 0
@@ -287,3 +298,13 @@ def test_moments_are_of_the_vectors_in_the_bags_and_no_variance_is_tiny():
     mean, variance = embeddings.moments(values, np.array([[0, -1], [1, -1]]))
     assert mean.tolist() == [2, 1] and variance.tolist() == pytest.approx([4, 1e-3 * 2])
     assert embeddings.moments(values, np.array([[-1, -1]])) is None
+
+
+def test_encode_slices_features_that_are_cut_are_made_again(tmp_path, caplog):
+    volumes, encoder = _volumes((3, 2)), _encoder()
+    expected = np.array(embeddings.encode_slices(encoder, *_given(volumes), tmp_path, progress=False))
+    path = tmp_path / "features.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    again = embeddings.encode_slices(encoder, *_given(volumes), tmp_path, progress=False)
+    np.testing.assert_array_equal(again, expected)
+    assert f"{path} is damaged and is made again" in caplog.text

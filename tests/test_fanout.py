@@ -296,14 +296,17 @@ def test_on_cluster_begins_tasks_in_order_and_does_equal_ones_each(address, tmp_
             log.write(f"{number}\n")
         time.sleep(0.02)
 
+    numbers = [number * 7 % 24 for number in range(24)]
+    tasks = [(number,) for number in [*numbers, 5, 5]]
     with fanout.cluster(address) as client:
-        tasks = [(number,) for number in (9, 1, 8, 2, 7, 1, 6, 4)]
         found = [task for task, _ in fanout.on_cluster(client, work, tasks)]
         assert list(fanout.on_cluster(client, work, [])) == []
     assert sorted(found) == sorted(tasks)
-    begun = [(int(number),) for number in (tmp_path / "log").read_text().split()]
-    # Two at a time: of those that begin together, either may write first.
-    assert [sorted(begun[at : at + 2]) for at in (0, 2, 4, 6)] == [sorted(tasks[at : at + 2]) for at in (0, 2, 4, 6)]
+    begun = [int(number) for number in (tmp_path / "log").read_text().split()]
+    assert sorted(begun) == sorted([*numbers, 5, 5])
+    # One of the two workers may be held up with what it has in hand, so that this begins later than its turn.
+    early = [abs(begun.index(number) - place) for place, number in enumerate(numbers)]
+    assert np.median(early) <= 2
 
 
 def test_tasks_on_a_cluster_see_no_scheduler(address):
@@ -422,6 +425,7 @@ def test_shards_on_a_cluster_of_one_thread_are_done_there(monkeypatch):
     assert len(found) == 3 and threading.get_ident() not in found
 
 
+@pytest.mark.slow
 def test_on_cluster_does_not_repeat_what_is_done_when_a_worker_is_lost(tmp_path):
     from dask.distributed import LocalCluster
 

@@ -1,9 +1,10 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras.ops import convert_to_numpy
 
 from kerasmed import fusion, losses, models
+from tests import gradients
 
 MEANS, SCALES = [50.0, 0.5, 3.0], [10.0, 0.5, 2.0]
 
@@ -72,40 +73,41 @@ def test_tabular_dense_of_known_values_is_a_dense_layer_of_standardised_ones(rng
     layer, x = _dense(), rng.normal(MEANS, SCALES, (6, 3))
     dense = keras.layers.Dense(4, activation="relu")
     dense.build((None, 3))
-    dense.set_weights([layer.kernel.numpy(), layer.bias.numpy()])
+    dense.set_weights([convert_to_numpy(layer.kernel), convert_to_numpy(layer.bias)])
     np.testing.assert_allclose(layer(np.float32(x)), dense((x - MEANS) / SCALES), atol=1e-5)  # float32 of some 50
 
 
 def test_tabular_dense_unknown_is_neither_the_mean_nor_zero():
     layer = _dense(activation=None)
-    unknown, mean, zero = layer(np.float32([[np.nan, 0.5, 3], MEANS, [0, 0.5, 3]])).numpy()
-    np.testing.assert_allclose(unknown, layer.unknown.numpy()[0], rtol=1e-6)
+    unknown, mean, zero = convert_to_numpy(layer(np.float32([[np.nan, 0.5, 3], MEANS, [0, 0.5, 3]])))
+    np.testing.assert_allclose(unknown, convert_to_numpy(layer.unknown)[0], rtol=1e-6)
     assert np.abs(unknown - mean).min() > 0 and np.abs(unknown - zero).min() > 0
 
 
 def test_tabular_dense_takes_any_nan_and_each_row_alone(rng):
     layer, x = _dense(), np.float32(rng.normal(MEANS, SCALES, (4, 3)))
     x[1, 0] = np.nan
-    before = layer(x).numpy()
+    before = convert_to_numpy(layer(x))
     other = x.copy()
     other[1, 0] = np.uint32(0xFFC12345).view(np.float32)  # negative, with a payload
     other[[0, 2, 3]] = [[np.nan] * 3, [1e30, 0, 0], [9, 9, 9]]
     assert np.isnan(other[1, 0])
-    np.testing.assert_array_equal(layer(other).numpy()[1], before[1])
+    np.testing.assert_array_equal(convert_to_numpy(layer(other))[1], before[1])
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_tabular_dense_keeps_nan_out_of_values_and_gradients(training):
     layer = _dense(unknown_rate=0.5, activation=None, seed=0)
-    x = tf.constant([[np.nan, 0.5, np.nan], [np.nan] * 3, [40.0, 1.0, np.nan]])
-    with tf.GradientTape() as tape:
-        tape.watch(x)
+    x = np.float32([[np.nan, 0.5, np.nan], [np.nan] * 3, [40.0, 1.0, np.nan]])
+
+    def squared(x):
         output = layer(x, training=training)
-        loss = tf.reduce_sum(output**2)
+        return keras.ops.sum(output**2), output
+
+    (_, output), found = gradients.of(squared, [x], layer.trainable_weights)
     assert np.isfinite(output).all()
-    gradients = tape.gradient(loss, [x, *layer.trainable_weights])
-    assert all(np.isfinite(gradient).all() for gradient in gradients)
-    of_kernel, of_unknown = gradients[1].numpy(), gradients[2].numpy()
+    assert all(np.isfinite(gradient).all() for gradient in found)
+    of_kernel, of_unknown = found[1:3]
     assert (of_kernel[2] == 0).all() and np.abs(of_unknown[[0, 2]]).min() > 0
 
 
@@ -114,11 +116,11 @@ def test_tabular_dense_hides_known_values_in_training_only():
     _fill(layer, [[1, 0]], [[0, 1]], [0, 0])
     x = np.ones((20_000, 1), np.float32)
     np.testing.assert_array_equal(layer(x), np.tile([1, 0], (20_000, 1)))
-    drawn = layer(x, training=True).numpy()
+    drawn = convert_to_numpy(layer(x, training=True))
     # Each row is wholly known or wholly unknown; 0.2 ± 4 standard errors of 0.0028
     np.testing.assert_array_equal(drawn.sum(axis=1), 1)
     assert drawn[:, 1].mean() == pytest.approx(0.2, abs=0.0114)
-    assert (layer(x, training=True).numpy() != drawn).any()
+    assert (convert_to_numpy(layer(x, training=True)) != drawn).any()
     unknown = layer(np.full((50, 1), np.nan, np.float32), training=True)
     np.testing.assert_array_equal(unknown, np.tile([0, 1], (50, 1)))
 
@@ -126,7 +128,7 @@ def test_tabular_dense_hides_known_values_in_training_only():
 def test_tabular_dense_draws_again_alike_where_training_resets_seed_states():
     layer, x = _dense(unknown_rate=0.5, seed=7), np.full((100, 3), 60, np.float32)
     (state,) = [variable for variable in layer.variables if variable.path.endswith("seed_generator_state")]
-    first = layer(x, training=True).numpy()
+    first = convert_to_numpy(layer(x, training=True))
     state.assign(state * np.array([1, 0], "uint32"))
     np.testing.assert_array_equal(layer(x, training=True), first)
     np.testing.assert_array_equal(_dense(unknown_rate=0.5, seed=7).seed_generator.state, [7, 0])
@@ -191,7 +193,7 @@ def test_sauce_weights_sum_to_one_and_are_each_samples_own(rng):
     keras.utils.set_random_seed(0)
     sources = [np.float32(rng.normal(size=(9, 5))) for _ in range(3)]
     layer = fusion.SauceLayer()
-    mixed, weights = (part.numpy() for part in layer(sources))
+    mixed, weights = (convert_to_numpy(part) for part in layer(sources))
     assert weights.shape == (9, 3) and weights.min() > 0 and weights.std(axis=0).min() > 0.01
     np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(mixed, np.einsum("bk,kbd->bd", weights, np.stack(sources)), atol=1e-6)
@@ -207,8 +209,8 @@ def test_sauce_of_equal_sources_is_the_source(rng):
 def test_sauce_weights_are_float32_under_half_precision(rng):
     layer = fusion.SauceLayer(dtype="mixed_float16")
     mixed, weights = layer([np.float16(rng.normal(size=(9, 5))) for _ in range(3)])
-    assert (mixed.dtype, weights.dtype) == (tf.float16, tf.float32)
-    np.testing.assert_allclose(weights.numpy().sum(axis=1), 1, atol=1e-6)
+    assert [keras.backend.standardize_dtype(each.dtype) for each in (mixed, weights)] == ["float16", "float32"]
+    np.testing.assert_allclose(convert_to_numpy(weights).sum(axis=1), 1, atol=1e-6)
     inputs = [keras.Input((5,), dtype="float16") for _ in range(3)]
     symbolic = fusion.SauceLayer(dtype="mixed_float16")(inputs)
     assert [(tensor.shape, tensor.dtype) for tensor in symbolic] == [((None, 5), "float16"), ((None, 3), "float32")]
@@ -267,9 +269,9 @@ def _gradient_norms(model, inputs, labels, *layers):
     """Norm of the loss's gradient at the kernel of each layer."""
     logits = keras.Model(model.inputs, model.get_layer("logits").output)
     kernels = [model.get_layer(layer).kernel for layer in layers]
-    with tf.GradientTape() as tape:
-        loss = losses.WeightedBinaryCrossentropy()(labels, logits([inputs[x.name] for x in model.inputs]))
-    return [float(tf.norm(gradient)) for gradient in tape.gradient(loss, kernels)]
+    loss, given = losses.WeightedBinaryCrossentropy(), [inputs[x.name] for x in model.inputs]
+    found = gradients.of(lambda: loss(labels, logits(given)), variables=kernels)[1]
+    return [float(np.linalg.norm(gradient)) for gradient in found]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -313,6 +315,7 @@ def test_fused_classifier_round_trips_through_a_keras_file_bit_for_bit(variant, 
 
 
 def test_fused_classifier_takes_a_dataset_of_dicts(rng):
+    tf = pytest.importorskip("tensorflow")
     model, (inputs, labels) = _fused(), _rows(rng)
     model.compile("sgd", losses.WeightedBinaryCrossentropy())
     model.fit(tf.data.Dataset.from_tensor_slices((inputs, labels)).batch(6), verbose=0, shuffle=False)
@@ -345,9 +348,9 @@ def test_fused_classifier_residual_keeps_the_image_trained_where_the_sauce_takes
         opened = _gradient_norms(model, inputs, labels, "stem_conv")[0]
         model.get_layer("sauce").score.bias.assign([-30, 30])
         closed, dense = _gradient_norms(model, inputs, labels, "stem_conv", "image_dense")
-        assert dense < 1e-8  # a weight of e⁻⁶⁰
+        assert dense < 1e-6  # a weight of e⁻⁶⁰; what is left is the rounding of the other source's score, g − 1 · g
         stems[variant] = closed / opened
-    assert stems["patient"] < 1e-8 and stems["residual"] > 0.1
+    assert stems["patient"] < 1e-5 and stems["residual"] > 0.1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

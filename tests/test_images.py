@@ -1,5 +1,6 @@
 import io
 import logging
+import os
 import struct
 import subprocess
 import sys
@@ -89,6 +90,80 @@ def test_read_constant_16_bit_png_is_black(tmp_path):
     assert not images.read(_png(tmp_path / "d.png", np.full((4, 4), 700, np.uint16))).any()
 
 
+def _tiff(path, array, **tags):
+    Image.fromarray(array).save(path, tiffinfo=tags or {})
+    return path
+
+
+def test_read_12_bits_in_16_bit_color_tiff_scales_by_the_range(tmp_path, ramp):
+    path = _png(tmp_path / "d.tif", np.dstack([ramp.astype(np.uint16) * 16] * 3))
+    # 255 · 16 is stretched to 255 exactly, and luma rounds
+    np.testing.assert_allclose(images.read(path), ramp, atol=1)
+    assert images.read_header(path) == (40, 50, "TIFF", "RGB", 16)
+
+
+def test_read_deep_tiff_whose_zero_is_white_is_inverted(tmp_path, ramp):
+    for name, array in (("a.tif", ramp.astype(np.uint16) * 257), ("b.tif", ramp.astype(np.float32))):
+        path = _tiff(tmp_path / name, array)
+        whole = path.read_bytes()
+        one, zero = struct.pack("<HHIHH", 262, 3, 1, 1, 0), struct.pack("<HHIHH", 262, 3, 1, 0, 0)
+        assert whole.count(one) == 1
+        path.write_bytes(whole.replace(one, zero))
+        np.testing.assert_array_equal(images.read(path), 255 - ramp)
+
+
+def test_read_small_steps_of_large_32_bit_numbers_are_kept(tmp_path, ramp):
+    path = _tiff(tmp_path / "i.tif", ramp.astype(np.int32) + 2_000_000_000)  # of which float32 tells every 128th
+    np.testing.assert_array_equal(images.read(path), ramp)
+
+
+@pytest.mark.parametrize("values", [[1, np.inf], [-np.inf, 0], [np.nan, np.nan]])
+def test_read_tiff_of_floats_without_a_range_is_refused(tmp_path, values):
+    path = _tiff(tmp_path / "f.tif", np.array([values], np.float32))
+    with pytest.raises(images.ImageError, match="float32 that are nothing but NaN, or infinite"):
+        images.read(path)
+
+
+@pytest.mark.parametrize("bits", [2, 8, 16])
+def test_read_grey_png_with_a_clear_grey_shows_it_black(tmp_path, bits):
+    levels = np.array([[0, 1, 2, 3]])
+    stored = {2: b"\0\x1b", 8: b"\0" + bytes([0, 85, 170, 255]), 16: b"\0" + (levels * 21845).astype(">u2").tobytes()}
+    clear = {2: 2, 8: 170, 16: 43690}[bits].to_bytes(2, "big")
+    header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", clear), (b"IDAT", zlib.compress(stored[bits])), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    (tmp_path / "t.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    assert images.read(tmp_path / "t.png").tolist() == [[0, 85, 0, 255]]
+
+
+def test_read_png_whose_exif_is_damaged_is_read(tmp_path, ramp):
+    data = _png(tmp_path / "e.png", ramp).read_bytes()
+    chunk = b"eXIfjunk"
+    chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "e.png").write_bytes(data[:33] + chunk + data[33:])
+    np.testing.assert_array_equal(images.read(tmp_path / "e.png"), ramp)
+
+
+def test_read_program_named_as_a_picture_is_not_run(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    for read in (images.read, images.read_header):
+        with pytest.raises(images.ImageError, match="not an image"):
+            read(tmp_path / "a.png")
+
+
+def test_read_folder_or_pipe_is_refused_without_waiting(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, reason in (
+        ("folder.png", "a folder, where a file"),
+        ("pipe.png", "a pipe or device"),
+        ("\0", "such a name"),
+    ):
+        for read in (images.read, images.read_header):
+            with pytest.raises(images.ImageError, match=reason):
+                read(tmp_path / name)
+
+
 def test_read_cmyk_jpeg_equals_pillow(tmp_path, ramp):
     Image.fromarray(np.dstack([ramp] * 3)).convert("CMYK").save(tmp_path / "c.jpg", quality=95)
     got = images.read(tmp_path / "c.jpg")
@@ -144,6 +219,45 @@ def test_read_truncated_jpeg_with_whole_exif_thumbnail_is_refused(tmp_path, rng)
     (tmp_path / "t.jpg").write_bytes((whole[:2] + segment + whole[2:])[:-200])
     with pytest.raises(images.ImageError, match="truncated JPEG"):
         images.read(tmp_path / "t.jpg")
+
+
+def test_read_jpeg_of_far_more_scans_than_any_writes_is_refused_before_decoding(tmp_path, ramp, monkeypatch):
+    file = io.BytesIO()
+    Image.fromarray(ramp).save(file, "JPEG", progressive=True)
+    whole = file.getvalue()
+    scans = whole.count(b"\xff\xda")
+    assert 4 < scans < 20 and images.read(io.BytesIO(whole)).shape == ramp.shape
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    many = whole[:-2] + last * 100 + whole[-2:]
+    monkeypatch.setattr(cv2, "imdecode", None)
+    with pytest.raises(images.ImageError, match=f"JPEG of {scans + 100} scans, more than the 64 that are read"):
+        images.read(io.BytesIO(many))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
+@pytest.mark.parametrize("behind", [b"\xff\xda" * 100, b"\xff\xd9\xff\xda", b"\xff\xd8\xff\xe0\0", b"ftyp\xff\xda"])
+def test_read_jpeg_with_markers_behind_its_end_is_its_picture(ramp, options, behind):
+    file = io.BytesIO()
+    Image.fromarray(ramp).save(file, "JPEG", **options)
+    expected = np.asarray(Image.open(file))
+    np.testing.assert_array_equal(images.read(io.BytesIO(file.getvalue() + behind)), expected)
+    # Fillings before a marker
+    filled = file.getvalue().replace(b"\xff\xda", b"\xff\xff\xff\xda", 1)
+    np.testing.assert_array_equal(images.read(io.BytesIO(filled + behind)), expected)
+
+
+@pytest.mark.parametrize("behind", [b"\xff\xd8\xff\xd9", b"film"])
+def test_read_truncated_jpeg_with_something_behind_is_refused(rng, behind):
+    whole = cv2.imencode(".jpg", rng.integers(0, 256, (64, 64), dtype=np.uint8))[1].tobytes()
+    with pytest.raises(images.ImageError, match="truncated JPEG"):
+        images.read(io.BytesIO(whole[:-200].rstrip(b"\xff") + behind))
+
+
+def test_read_jpeg_of_segments_without_end_is_refused_in_bounded_time(ramp):
+    whole = cv2.imencode(".jpg", ramp)[1].tobytes()
+    images.read(io.BytesIO(whole[:2] + b"\xff\xfe\0\2" * 9000 + whole[2:]))
+    with pytest.raises(images.ImageError, match="JPEG of more than the 10000 segments"):
+        images.read(io.BytesIO(whole[:2] + b"\xff\xfe\0\2" * 10_000 + whole[2:]))
 
 
 def test_read_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
@@ -237,6 +351,9 @@ def test_from_array_of_the_largest_values_of_float32_is_no_error():
     assert images.from_array(np.array([[0.0, most]])).tolist() == [[0, 255]]
     assert images.from_array(np.array([[0, most]], np.float32)).tolist() == [[0, 255]]
     assert images.from_array(np.array([[-1e38, 0.0, np.nan, 1e38]])).tolist() == [[0, 128, 128, 255]]
+    # A range that no float32 holds, and one whose reciprocal none does
+    assert images.from_array(np.array([[-most, 0, most]], np.float32)).tolist() == [[0, 128, 255]]
+    assert images.from_array(np.array([[0, 1e-45, 2e-45, 5e-45]], np.float32)).tolist() == [[0, 64, 64, 255]]
 
 
 @pytest.mark.parametrize(
@@ -331,6 +448,9 @@ def test_headers_keep_the_order_and_give_reasons(tmp_path, ramp):
     _png(tmp_path / "a.png", ramp)
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not pixels")
+    assert images.headers(tmp_path, ["a\0.png", "."])["reason"].tolist() == [
+        *("embedded null byte", "a folder, where a file is expected")
+    ]
     table = images.headers(tmp_path, ["text.png", "a.png", "empty.png", "none.png"])
     assert table["image_path"].tolist() == ["text.png", "a.png", "empty.png", "none.png"]
     assert table.loc[1, ["height", "width", "bits", "reason"]].tolist() == [40, 50, 8, ""]

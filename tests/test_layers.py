@@ -4,9 +4,11 @@ import cv2
 import keras
 import numpy as np
 import pytest
+from keras.ops import convert_to_numpy
 
 from kerasmed import augment
 from kerasmed.layers import _TRANSFORMS, GatedAttentionPooling, Preprocessing, build_augmentation, masked_softmax
+from tests import gradients
 
 
 def test_preprocessing_by_hand():
@@ -23,7 +25,7 @@ def test_preprocessing_of_colour_keeps_the_channels_apart_and_bgr_reverses_them(
 
 
 def test_preprocessing_limits_map_to_minus_one_and_one():
-    ends = Preprocessing(1 / 127.5, -1)(np.uint8([0, 255]).reshape(2, 1, 1, 1)).numpy()
+    ends = convert_to_numpy(Preprocessing(1 / 127.5, -1)(np.uint8([0, 255]).reshape(2, 1, 1, 1)))
     np.testing.assert_allclose(ends[:, 0, 0], [[-1] * 3, [1] * 3], atol=1e-6)  # two roundings in float32
 
 
@@ -72,7 +74,7 @@ def test_preprocessing_values_for_other_numbers_of_channels_are_refused(options)
 def _pooling(slices, mask, **options):
     layer = GatedAttentionPooling(return_weights=True, **options)
     pooled, weights = layer([slices, mask])
-    return layer, pooled.numpy(), weights.numpy()
+    return layer, convert_to_numpy(pooled), convert_to_numpy(weights)
 
 
 def test_gated_attention_pooling_by_hand():
@@ -86,7 +88,7 @@ def test_gated_attention_pooling_by_hand():
     pooled, weights = layer([slices, mask])
     np.testing.assert_allclose(weights, [[0.8, 0.2, 0], [1, 0, 0]], atol=1e-6)  # ln 4 against 0: 4 to 1
     np.testing.assert_allclose(pooled, [[0.8, 0.2], [2, 5]], atol=1e-6)
-    assert weights.numpy()[0, 2] == weights.numpy()[1, 1] == 0
+    assert convert_to_numpy(weights)[0, 2] == convert_to_numpy(weights)[1, 1] == 0
 
 
 def test_gated_attention_pooling_of_equal_slices_weighs_them_alike(rng):
@@ -120,7 +122,7 @@ def test_gated_attention_pooling_without_competing_by_hand():
     pooled, weights = layer([slices, mask])
     np.testing.assert_allclose(weights, [[0.4, 0.25, 0], [0.8, 0, 0]], atol=1e-6)
     np.testing.assert_allclose(pooled, [[0.4, 0.25], [0.8, 0]], atol=1e-6)
-    assert (weights.numpy()[~mask] == 0).all() and pooled.numpy()[1, 1] == 0
+    assert (convert_to_numpy(weights)[~mask] == 0).all() and convert_to_numpy(pooled)[1, 1] == 0
 
 
 def test_gated_attention_pooling_without_competing_weighs_each_slice_by_itself(rng):
@@ -134,28 +136,30 @@ def test_gated_attention_pooling_without_competing_weighs_each_slice_by_itself(r
     # With fewer slices each weighs more, in proportion.
     _, fewer = layer([slices, np.arange(5) < np.full((4, 1), 2)])
     np.testing.assert_allclose(fewer[:, :2], weights[:, :2] * 5 / 2, rtol=1e-6)
-    assert (fewer.numpy()[:, 2:] == 0).all()
+    assert (convert_to_numpy(fewer)[:, 2:] == 0).all()
 
 
 @pytest.mark.parametrize("competing", [True, False])
 def test_gated_attention_pooling_values_that_are_masked_change_no_bit_of_output_and_gradients(competing, rng):
-    import tensorflow as tf
-
     slices = np.float32(rng.normal(size=(3, 5, 4)))
     mask = np.arange(5) < np.array([[5], [3], [0]])
     layer = GatedAttentionPooling(8, competing=competing, return_weights=True)
+    layer.build([slices.shape, mask.shape])
     results = []
+
+    def squared(x):
+        pooled, weights = layer([x, mask])
+        return keras.ops.sum(pooled**2) + keras.ops.sum(weights**2), pooled, weights
+
     for odd in (0.0, 1e30, np.nan, np.inf):
-        x = tf.Variable(np.where(mask[..., None], slices, np.float32(odd)))
-        with tf.GradientTape() as tape:
-            pooled, weights = layer([x, mask])
-            loss = tf.reduce_sum(pooled**2) + tf.reduce_sum(weights**2)
-        results.append([pooled, weights, *tape.gradient(loss, [x, *layer.trainable_variables])])
+        x = np.where(mask[..., None], slices, np.float32(odd))
+        (_, *told), found = gradients.of(squared, [x], layer.trainable_variables)
+        results.append([*told, *found])
     for result in results:
         assert np.abs(result[3]).max() > 0
         for got, expected in zip(result, results[0]):
             np.testing.assert_array_equal(got, expected)
-    assert (results[0][2].numpy()[~mask] == 0).all()
+    assert (results[0][2][~mask] == 0).all()
 
 
 @pytest.mark.parametrize("competing", [True, False])
@@ -181,12 +185,14 @@ def test_gated_attention_pooling_under_mixed_precision_weighs_in_float32(rng):
     layer = GatedAttentionPooling(return_weights=True, dtype="mixed_float16")
     pooled, weights = layer([np.float16(slices), mask])
     assert pooled.dtype == "float16" and weights.dtype == "float32"
-    np.testing.assert_allclose(weights.numpy().sum(axis=1), 1, rtol=1e-6)  # in float16, 300 roundings: 1e-3
+    np.testing.assert_allclose(convert_to_numpy(weights).sum(axis=1), 1, rtol=1e-6)  # in float16, 300 roundings: 1e-3
     apart = GatedAttentionPooling(competing=False, return_weights=True, dtype="mixed_float16")
     pooled, weights = apart([np.float16(slices * 0 + 100), mask])
     # The scores are the same of all: each weighs sigmoid / 300, and the pooled is 100 of the sigmoids.
     assert pooled.dtype == "float16" and weights.dtype == "float32"
-    np.testing.assert_allclose(pooled, 100 * weights.numpy().sum(axis=1, keepdims=True).repeat(4, 1), rtol=1e-3)
+    np.testing.assert_allclose(
+        pooled, 100 * convert_to_numpy(weights).sum(axis=1, keepdims=True).repeat(4, 1), rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("competing", [True, False])
@@ -218,24 +224,24 @@ def test_gated_attention_pooling_without_units_is_refused():
 def test_masked_softmax_by_hand():
     scores = np.float32([[[0, np.log(3), 7], [np.log(2), 5, 0]], [[1, 1, 1], [4, 4, 4]]])
     mask = np.array([[[1, 1, 0], [1, 0, 1]], [[1, 1, 1], [0, 0, 1]]], bool)
-    got = masked_softmax(scores, mask).numpy()
+    got = convert_to_numpy(masked_softmax(scores, mask))
     expected = [[[1 / 4, 3 / 4, 0], [2 / 3, 0, 1 / 3]], [[1 / 3] * 3, [0, 0, 1]]]
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     assert (got[~mask] == 0).all()
 
 
 def test_masked_softmax_of_what_the_mask_leaves_out_changes_no_bit_of_output_and_gradient(rng):
-    import tensorflow as tf
-
     scores, mask = rng.normal(0, 3, (6, 4)).astype("float32"), rng.random((6, 4)) < 0.5
     mask[0], mask[1] = True, False
     results = []
+
+    def summed(x):
+        weights = masked_softmax(x, mask)
+        return keras.ops.sum(weights * np.arange(4, dtype="float32")), weights
+
     for odd in (0.0, np.nan, np.inf, -np.inf, 1e38):
-        x = tf.Variable(np.where(mask, scores, np.float32(odd)))
-        with tf.GradientTape() as tape:
-            weights = masked_softmax(x, mask)
-            loss = tf.reduce_sum(weights * np.arange(4))
-        results.append([weights.numpy(), tape.gradient(loss, x).numpy()])
+        (_, weights), (gradient,) = gradients.of(summed, [np.where(mask, scores, np.float32(odd))])
+        results.append([weights, gradient])
     for weights, gradient in results:
         np.testing.assert_array_equal(weights, results[0][0])
         np.testing.assert_array_equal(gradient, results[0][1])
@@ -329,7 +335,7 @@ def test_build_augmentation_with_given_draws_equals_opencv(name, head, monkeypat
     draws = iter(drawn)
     monkeypatch.setattr(keras.random, "uniform", lambda shape, *_, **__: np.full(shape, next(draws), np.float32))
     _, transform = _TRANSFORMS[name]()
-    got = transform(keras.ops.cast(picture[None, ..., None], "float32"), None).numpy()[0, ..., 0]
+    got = convert_to_numpy(transform(keras.ops.cast(picture[None, ..., None], "float32"), None))[0, ..., 0]
     # OpenCV rounds places to 1/32 of a pixel and results to whole grey levels.
     np.testing.assert_allclose(got, expected, atol=2)
     assert not list(draws)

@@ -31,6 +31,24 @@ def test_validate_good_table_is_returned(frame):
     [
         ("image_path", "../secret.png", "column image_path leaves the data root in 1 of 2 rows"),
         ("image_path", "/etc/secret.png", "leaves the data root"),
+        ("image_path", "x/../../secret.png", "leaves the data root"),
+        ("image_path", "x/..", "leaves the data root"),
+        ("image_path", "C:\\data\\1.png", "leaves the data root"),
+        ("image_path", "C:/data/1.png", "leaves the data root"),
+        ("image_path", "..\\1.png", "leaves the data root"),
+        ("image_path", "\\\\server\\1.png", "leaves the data root"),
+        ("image_path", "~/1.png", "leaves the data root"),
+        ("image_path", "x\\1.png", "has backslashes in 1 of 2 rows: write '/' between folders"),
+        ("image_path", "https://x.org/1.png", "is a URL in 1 of 2 rows: download the files"),
+        ("image_path", "file:///etc/1.png", "is a URL"),
+        ("image_path", "x/1\0.png", "holds a NUL byte"),
+        ("image_path", "", "is empty in 1 of 2 rows: give every row a path"),
+        ("image_path", " \u3000", "is empty"),
+        ("image_path", "./x/1.png", "has a folder '.' or one without a name in 1 of 2 rows: write it in its shortest"),
+        ("image_path", "x//2.png", "has a folder '.' or one without a name"),
+        ("image_path", "x/./2.png", "has a folder '.' or one without a name"),
+        ("image_path", "x/", "has a folder '.' or one without a name"),
+        ("image_path", ".", "has a folder '.' or one without a name"),
         ("image_path", "x/2.png", "is not unique in 2 of 2 rows"),
         ("split", "validation", "column split is none of"),
         ("a", 2, "column a is not 1, 0 or NaN"),
@@ -52,6 +70,32 @@ def test_validate_missing_column_and_empty_table_are_refused(frame):
         manifest.validate(frame.drop(columns="group_id"), CLASSES)
     with pytest.raises(ValueError, match="no rows"):
         manifest.validate(frame.iloc[:0], CLASSES)
+
+
+def test_validate_unknown_label_is_refused_where_exclusive(frame):
+    """The position of the one class would be that of the unknown label."""
+    frame["b"] = [np.nan, 1.0]
+    with pytest.raises(ValueError, match="column a, b mark none or several classes in 1 of 2 rows"):
+        manifest.validate(frame, CLASSES, exclusive=True)
+
+
+def test_validate_a_column_twice_is_refused(frame):
+    with pytest.raises(ValueError, match=r"manifest has the columns \['a'\] twice; rename or remove one"):
+        manifest.validate(pd.concat([frame, frame[["a"]]], axis=1), CLASSES)
+
+
+@pytest.mark.parametrize(
+    "path", ["x/..1.png", "x/1..png", "...", "~x/1.png", "x/~/1.png", "a:b.png", ".x/ä 1.png", "x/-"]
+)
+def test_check_paths_odd_names_are_names(path):
+    manifest.check_paths([path, "x/2.png"])
+
+
+def test_check_paths_counts_and_says_what_they_are():
+    with pytest.raises(ValueError, match=r"the name of a file is not in UTF-8 in 1 of 2 rows: rename .*'\\udce4.png'"):
+        manifest.check_paths(["a.png", "\udce4.png"], "the name of a file")
+    with pytest.raises(ValueError, match=r"column image_path is no text in 2 of 3 rows: .*\[5, None\]"):
+        manifest.check_paths(["a.png", 5, None])
 
 
 def test_class_ids_and_targets_follow_the_given_order(frame):

@@ -3,6 +3,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from keras.ops import convert_to_numpy
 
 from kerasmed import backbones, medicalnet
 from kerasmed.backbones import WeightsError
@@ -126,7 +127,9 @@ def _relative(got, expected):
 
 
 def _weights(model):
-    return {f"{layer.name}/{weight.name}": weight.numpy() for layer in model.layers for weight in layer.weights}
+    return {
+        f"{layer.name}/{weight.name}": convert_to_numpy(weight) for layer in model.layers for weight in layer.weights
+    }
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +151,7 @@ def test_build_with_loaded_weights_equals_a_reference_in_numpy(depth, sides):
     state, volume = _state(depth), _volume(sides)
     model = medicalnet.build(depth, (*sides, 1))
     assert medicalnet.load(model, state, source="random").share == 1
-    maps = model(volume[None, ..., None]).numpy()[0]
+    maps = convert_to_numpy(model(volume[None, ..., None]))[0]
     expected = _numpy_maps(volume, state, depth)
     assert maps.shape == expected.shape == (*[-(-side // 8) for side in sides], 512 if depth == 10 else 2048)
     assert _relative(maps, expected) < 1e-4  # float32, summed in another order over 10 to 53 convolutions
@@ -177,7 +180,8 @@ def test_build_depth_152_has_the_published_number_of_parameters_and_takes_the_pu
 )
 def test_build_depths_have_their_blocks(depth, blocks):
     model = medicalnet.build(depth, (8, 16, 16, 1))
-    assert sum(layer.name.endswith(".add") for layer in model.layers) == blocks
+    assert sum(layer.name.endswith("_add") for layer in model.layers) == blocks
+    assert not [layer.name for layer in model.layers if "." in layer.name]  # which PyTorch does not take
     assert sum(isinstance(layer, keras.layers.Conv3D) for layer in model.layers) == len(list(_published(depth)))
 
 
@@ -186,7 +190,7 @@ def test_build_pools_are_the_means_of_the_maps(state10):
     for model in models.values():
         medicalnet.load(model, state10, source="random")
     volume = _volume((17, 24, 33))[None, ..., None]
-    maps, planes, pooled = (models[pool](volume).numpy() for pool in ("none", "plane", "all"))
+    maps, planes, pooled = (convert_to_numpy(models[pool](volume)) for pool in ("none", "plane", "all"))
     assert maps.shape == (1, 3, 3, 5, 512) and planes.shape == (1, 3, 512) and pooled.shape == (1, 512)
     np.testing.assert_allclose(planes, maps.mean(axis=(2, 3)), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(pooled, planes.mean(axis=1), rtol=1e-5, atol=1e-6)
@@ -245,11 +249,11 @@ def test_volume_standardisation_by_hand():
     assert out.dtype == "float32" and out.shape == volumes.shape
     root = np.sqrt(8 / 3)
     np.testing.assert_allclose(
-        out.numpy().reshape(2, 4), [[0, -2 / root, 0, 2 / root], [0, 0, -1, 1]], rtol=1e-6, atol=1e-7
+        convert_to_numpy(out).reshape(2, 4), [[0, -2 / root, 0, 2 / root], [0, 0, -1, 1]], rtol=1e-6, atol=1e-7
     )
     # Voxels below 0 are standardised, and no part of the statistics.
     signed = medicalnet.VolumeStandardisation()(np.float32([-6, 2, 4, 6]).reshape(1, 1, 2, 2, 1))
-    np.testing.assert_allclose(signed.numpy().ravel(), np.array([-10, -2, 0, 2]) / root, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(convert_to_numpy(signed).ravel(), np.array([-10, -2, 0, 2]) / root, rtol=1e-6, atol=1e-7)
 
 
 def test_volume_standardisation_of_empty_and_of_constant_volumes_is_zero():
@@ -272,11 +276,11 @@ def test_load_turns_kernels_and_names_as_by_hand(model10, state10):
     ours = _weights(model10)
     kernel = state10["layer2.0.downsample.0.weight"]
     assert kernel.shape == (128, 64, 1, 1, 1)
-    assert ours["layer2.0.downsample.0/kernel"][0, 0, 0, 3, 5] == kernel[5, 3, 0, 0, 0]
+    assert ours["layer2_0_downsample_0/kernel"][0, 0, 0, 3, 5] == kernel[5, 3, 0, 0, 0]
     assert ours["conv1/kernel"][1, 2, 3, 0, 9] == state10["conv1.weight"][9, 0, 1, 2, 3]
     np.testing.assert_array_equal(ours["bn1/moving_variance"], state10["bn1.running_var"])
-    np.testing.assert_array_equal(ours["layer4.0.bn2/gamma"], state10["layer4.0.bn2.weight"])
-    assert ["layer1.0.bn1/beta", "layer1.0.bn1.bias"] in receipt.matched and receipt.source == "here"
+    np.testing.assert_array_equal(ours["layer4_0_bn2/gamma"], state10["layer4.0.bn2.weight"])
+    assert ["layer1_0_bn1/beta", "layer1.0.bn1.bias"] in receipt.matched and receipt.source == "here"
     assert len(receipt.matched) == 12 * 5 == len(ours)
 
 
@@ -309,7 +313,7 @@ def test_load_of_a_single_unfit_shape_is_refused_whatever_the_share(model10, sta
 def test_load_below_the_share_is_refused_and_changes_nothing(model10, state10):
     before = _weights(model10)
     fewer = {name: array for name, array in state10.items() if not name.startswith("layer4")}
-    with pytest.raises(WeightsError, match=r"share of 0.750 and less than 0.99.*layer4.0.conv1/kernel"):
+    with pytest.raises(WeightsError, match=r"share of 0.750 and less than 0.99.*layer4_0_conv1/kernel"):
         medicalnet.load(model10, fewer, source="cut")
     more = state10 | {f"layer4.1.conv{place}.weight": np.ones((1,) * 5, "float32") for place in range(3)}
     with pytest.raises(WeightsError, match=r"of the file: \['layer4.1.conv0.weight'"):
@@ -425,6 +429,6 @@ def test_build_with_loaded_weights_equals_torch(depth):
     expected = np.moveaxis(expected.numpy()[0], 0, -1)
     model = medicalnet.build(depth, (*volume.shape, 1))
     medicalnet.load(model, state, source="random", min_share=1)
-    maps = model(volume[None, ..., None]).numpy()[0]
+    maps = convert_to_numpy(model(volume[None, ..., None]))[0]
     assert maps.shape == expected.shape == (3, 9, 10, 2048)
     assert _relative(maps, expected) < 1e-4  # float32; 2.2e-5 of depth 152 with torch 2.13 on a CPU

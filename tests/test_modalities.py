@@ -1,10 +1,11 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras.ops import convert_to_numpy
 
 from kerasmed import modalities
 from kerasmed.modalities import DynamicWeights, ModalityDropout, NeutralVectors, PseudoModality, ZeroFilling
+from tests import gradients
 
 SUBSETS = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]], bool)
 ODD = (np.nan, np.inf, -np.inf, 1e30, 5.0)
@@ -38,7 +39,7 @@ def _rewind(layer):
 
 
 def _set_draws(monkeypatch, draws):
-    monkeypatch.setattr(keras.random, "uniform", lambda *_, **__: tf.constant(draws, "float32"))
+    monkeypatch.setattr(keras.random, "uniform", lambda *_, **__: keras.ops.convert_to_tensor(draws, "float32"))
 
 
 # --- all layers ------------------------------------------------------------------------------------------------------
@@ -51,16 +52,19 @@ def test_layers_values_of_missing_modalities_change_no_bit_of_output_and_gradien
     vectors = rng.normal(size=(7, 3, 4)).astype("float32")
     options = {"training": True} if training and name == "pseudo" else {}
     results = []
+
+    def mixed(x):
+        y = layer([x, available], **options)
+        factors = np.cos(np.arange(y.shape[1] * y.shape[2], dtype="float32")).reshape(y.shape[1:])
+        loss = keras.ops.sum(y * factors) + sum(layer.losses)
+        return loss, y
+
     for odd in (0.0, *ODD):
         _rewind(layer)
-        x = tf.Variable(np.where(available[..., None], vectors, np.float32(odd)))
-        with tf.GradientTape() as tape:
-            y = layer([x, available], **options)
-            loss = tf.reduce_sum(y * np.cos(np.arange(y.shape[1] * y.shape[2])).reshape(y.shape[1:])) + sum(
-                layer.losses
-            )
-        results.append([y, loss, *tape.gradient(loss, [x, *layer.trainable_variables])])
-    by_vectors = results[0][2].numpy()
+        x = np.where(available[..., None], vectors, np.float32(odd))
+        (loss, y), found = gradients.of(mixed, [x], layer.trainable_variables)
+        results.append([y, loss, *found])
+    by_vectors = results[0][2]
     assert (by_vectors[~available] == 0).all() and (np.abs(by_vectors[available]).max() > 0.01)
     for result in results:
         assert all(np.isfinite(each).all() for each in result)
@@ -72,7 +76,7 @@ def test_layers_values_of_missing_modalities_change_no_bit_of_output_and_gradien
 @pytest.mark.parametrize("name", ["zero", "neutral", "pseudo"])
 def test_layers_hand_on_the_vectors_that_are_available(name, rng):
     vectors = rng.normal(size=(7, 3, 4)).astype("float32")
-    got = _made(name)([vectors, SUBSETS]).numpy()
+    got = convert_to_numpy(_made(name)([vectors, SUBSETS]))
     np.testing.assert_array_equal(got[SUBSETS], vectors[SUBSETS])
 
 
@@ -176,7 +180,7 @@ def test_modality_dropout_by_hand(monkeypatch):
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.9, 0.999])
 def test_modality_dropout_leaves_one_resurrects_none_and_hides_its_share(rate):
     available = np.repeat(SUBSETS, 3000, axis=0)
-    kept = ModalityDropout(rate, seed=1)(available, training=True).numpy()
+    kept = convert_to_numpy(ModalityDropout(rate, seed=1)(available, training=True))
     assert kept.any(axis=1).all() and not (kept & ~available).any()
     for subset in SUBSETS:
         rows, count = kept[(available == subset).all(axis=1)], subset.sum()
@@ -190,7 +194,7 @@ def test_modality_dropout_leaves_one_resurrects_none_and_hides_its_share(rate):
 
 
 def test_modality_dropout_draws_modalities_and_rows_apart():
-    kept = ModalityDropout(0.5, seed=1)(np.ones((8000, 3), bool), training=True).numpy()
+    kept = convert_to_numpy(ModalityDropout(0.5, seed=1)(np.ones((8000, 3), bool), training=True))
     patterns, counts = np.unique(kept, axis=0, return_counts=True)
     # 1/8 for two or three kept, and for each one alone its 1/8 and a third of the 1/8 of none.
     assert len(patterns) == 7
@@ -209,16 +213,16 @@ def test_modality_dropout_hides_nothing_in_inference_and_at_rate_zero():
 
 def test_modality_dropout_leaves_a_row_without_any_as_it_is():
     kept = ModalityDropout(0.5, seed=1)(np.zeros((50, 3), bool), training=True)
-    assert not kept.numpy().any()
+    assert not convert_to_numpy(kept).any()
 
 
 def test_modality_dropout_same_seed_same_draws_other_steps_others():
     rows = np.ones((200, 3), bool)
     first, second = ModalityDropout(0.5, seed=3), ModalityDropout(0.5, seed=3)
-    drawn = first(rows, training=True).numpy()
+    drawn = convert_to_numpy(first(rows, training=True))
     np.testing.assert_array_equal(second(rows, training=True), drawn)
-    assert (first(rows, training=True).numpy() != drawn).any()
-    assert (ModalityDropout(0.5, seed=4)(rows, training=True).numpy() != drawn).any()
+    assert (convert_to_numpy(first(rows, training=True)) != drawn).any()
+    assert (convert_to_numpy(ModalityDropout(0.5, seed=4)(rows, training=True)) != drawn).any()
 
 
 def test_modality_dropout_round_trips_through_keras_file_seed_included(tmp_path):
@@ -229,7 +233,7 @@ def test_modality_dropout_round_trips_through_keras_file_seed_included(tmp_path)
     copy, rows = keras.saving.load_model(tmp_path / "m.keras"), np.ones((200, 3), bool)
     assert copy.get_layer("hidden").get_config() == model.get_layer("hidden").get_config()
     assert keras.saving.get_registered_name(ModalityDropout) == "kerasmed>ModalityDropout"
-    drawn = model(rows, training=True).numpy()
+    drawn = convert_to_numpy(model(rows, training=True))
     np.testing.assert_array_equal(copy(rows, training=True), drawn)
     assert not drawn.all()
 
@@ -261,12 +265,15 @@ def test_neutral_vectors_by_hand():
     layer = NeutralVectors()
     np.testing.assert_array_equal(layer([vectors, np.array(available)]), ZeroFilling()([vectors, np.array(available)]))
     layer.neutral.assign([[10, 20], [30, 40]])
-    with tf.GradientTape() as tape:
+
+    def summed():
         got = layer([vectors, np.array(available)])
-        loss = tf.reduce_sum(got * [[1.0, 2.0]])
+        return keras.ops.sum(got * np.float32([[1, 2]])), got
+
+    (_, got), (gradient,) = gradients.of(summed, variables=[layer.neutral])
     np.testing.assert_array_equal(got, [[[1, 2], [30, 40]], [[10, 20], [7, 8]], [[9, 9], [30, 40]]])
     # The first modality is missing once, the second twice.
-    np.testing.assert_array_equal(tape.gradient(loss, layer.neutral), [[1, 2], [2, 4]])
+    np.testing.assert_array_equal(gradient, [[1, 2], [2, 4]])
 
 
 # --- DynamicWeights --------------------------------------------------------------------------------------------------
@@ -280,7 +287,7 @@ def test_dynamic_weights_by_hand():
     layer.score.assign(np.float32([[[2 * np.log(3), 0]], [[7, 7]], [[-7, -7]]]))
     layer.bias.assign(np.float32([[0, 0, 0], [0, np.log(2), 0]]))
     vectors = np.float32([[[1, 5], [2, 2], [3, 3]]] * 3)
-    got = layer([vectors, np.array([[1, 1, 1], [1, 0, 1], [0, 1, 0]], bool)]).numpy()
+    got = convert_to_numpy(layer([vectors, np.array([[1, 1, 1], [1, 0, 1], [0, 1, 0]], bool)]))
     expected = [[[3 / 5, 1 / 5, 1 / 5], [1 / 4, 1 / 2, 1 / 4]], [[3 / 4, 0, 1 / 4], [1 / 2, 0, 1 / 2]], [[0, 1, 0]] * 2]
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     assert (got[1, :, 1] == 0).all() and (got[2] == [0, 1, 0]).all()
@@ -290,7 +297,7 @@ def test_dynamic_weights_sum_to_one_and_keep_their_ratios_whatever_is_missing(rn
     layer = _made("dynamic")
     vectors = np.repeat(rng.normal(size=(20, 1, 3, 4)), 7, axis=1).astype("float32")
     available = np.broadcast_to(SUBSETS, (20, 7, 3))
-    weights = layer([vectors.reshape(140, 3, 4), available.reshape(140, 3)]).numpy().reshape(20, 7, 2, 3)
+    weights = convert_to_numpy(layer([vectors.reshape(140, 3, 4), available.reshape(140, 3)])).reshape(20, 7, 2, 3)
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-6)
     there = np.broadcast_to(available[:, :, None], weights.shape)
     assert (weights[~there] == 0).all() and (weights[there] > 0).all()
@@ -301,7 +308,7 @@ def test_dynamic_weights_sum_to_one_and_keep_their_ratios_whatever_is_missing(rn
         assert ratios.std() > 0.1
     # A score goes by its own modality's vector: the ratio of the others does not know of it.
     vectors[:, :, 0] += 3
-    moved = layer([vectors.reshape(140, 3, 4), available.reshape(140, 3)]).numpy().reshape(20, 7, 2, 3)
+    moved = convert_to_numpy(layer([vectors.reshape(140, 3, 4), available.reshape(140, 3)])).reshape(20, 7, 2, 3)
     assert np.abs(moved - weights)[:, 0].max() > 0.1
     np.testing.assert_allclose(
         moved[:, 0, :, 1] / moved[:, 0, :, 2], weights[:, 0, :, 1] / weights[:, 0, :, 2], rtol=1e-6
@@ -312,9 +319,9 @@ def test_dynamic_weights_begin_without_bias_and_differ_by_group_and_modality(rng
     keras.utils.set_random_seed(1)
     layer = DynamicWeights(8, 2)
     vectors = np.repeat(rng.normal(0, 3, (1, 1, 4)), 3, axis=1).astype("float32")
-    weights = layer([vectors, np.ones((1, 3), bool)]).numpy()[0]
+    weights = convert_to_numpy(layer([vectors, np.ones((1, 3), bool)]))[0]
     # The same vector in each modality: what differs is the weights of each.
-    assert np.diff(np.sort(weights.ravel())).min() > 1e-3 and (layer.bias.numpy() == 0).all()
+    assert np.diff(np.sort(weights.ravel())).min() > 1e-3 and (convert_to_numpy(layer.bias) == 0).all()
     zeros = layer([vectors * 0, np.array([[1, 0, 1]], bool)])
     np.testing.assert_allclose(zeros, [[[0.5, 0, 0.5]] * 2], rtol=1e-6)
 
@@ -368,7 +375,9 @@ def test_pseudo_modality_hides_some_and_never_all_while_it_learns(rng, monkeypat
     layer, asked = _made("pseudo"), []
     predict = layer._predict
     monkeypatch.setattr(
-        layer, "_predict", lambda known, kept: asked.append((known.numpy(), kept.numpy())) or predict(known, kept)
+        layer,
+        "_predict",
+        lambda known, kept: asked.append((convert_to_numpy(known), convert_to_numpy(kept))) or predict(known, kept),
     )
     layer([rng.normal(size=(6000, 3, 4)).astype("float32"), np.ones((6000, 3), bool)], training=True)
     known, kept = next(each for each in asked if not each[1].all())
@@ -377,18 +386,23 @@ def test_pseudo_modality_hides_some_and_never_all_while_it_learns(rng, monkeypat
     assert (known[~kept] == 0).all() and (known[kept] != 0).all()
 
 
+def _of_error(layer, masks, vectors):
+    """A layer's own loss in training, and its gradients by the vectors and the weights."""
+
+    def error(x):
+        layer([x, *masks], training=True)
+        return sum(layer.losses)
+
+    return gradients.of(error, vectors, layer.trainable_variables)
+
+
 def test_pseudo_modality_error_moves_its_weights_and_never_the_vectors(rng):
-    layer, x = _made("pseudo"), tf.Variable(rng.normal(size=(7, 3, 4)).astype("float32"))
+    layer, x = _made("pseudo"), rng.normal(size=(7, 3, 4)).astype("float32")
     available = SUBSETS | (np.arange(7) < 3)[:, None]
-    for inputs in ([x, available], [x, SUBSETS, available]):
-        with tf.GradientTape() as tape:
-            layer(inputs, training=True)
-            loss = sum(layer.losses)
-        gradients = tape.gradient(
-            loss, [x, *layer.trainable_variables], unconnected_gradients=tf.UnconnectedGradients.ZERO
-        )
-        assert (gradients[0].numpy() == 0).all() and len(gradients) == 5
-        assert all(np.abs(gradient).max() > 1e-3 for gradient in gradients[1:])
+    for masks in ([available], [SUBSETS, available]):
+        found = _of_error(layer, masks, [x])[1]
+        assert (found[0] is None or (found[0] == 0).all()) and len(found) == 5
+        assert all(np.abs(gradient).max() > 1e-3 for gradient in found[1:])
 
 
 def test_pseudo_modality_learns_from_complete_rows_alone(rng):
@@ -397,10 +411,9 @@ def test_pseudo_modality_learns_from_complete_rows_alone(rng):
     results = []
     for shift in (0, 10):  # of the rows that are not complete, where they have something
         _rewind(layer)
-        with tf.GradientTape() as tape:
-            layer([vectors + np.float32(shift) * ~available.all(axis=1)[:, None, None], available], training=True)
-            loss = sum(layer.losses)
-        results.append([loss, *tape.gradient(loss, layer.trainable_variables)])
+        shifted = vectors + np.float32(shift) * ~available.all(axis=1)[:, None, None]
+        loss, (_, *found) = _of_error(layer, [available], [shifted])
+        results.append([loss, *found])
     assert results[0][0] > 0.01
     for got, expected in zip(*results):
         np.testing.assert_array_equal(got, expected)
@@ -408,11 +421,10 @@ def test_pseudo_modality_learns_from_complete_rows_alone(rng):
 
 def test_pseudo_modality_without_complete_rows_adds_nothing(rng):
     layer, vectors = _made("pseudo"), rng.normal(size=(6, 3, 4)).astype("float32")
-    with tf.GradientTape() as tape:
-        layer([vectors, SUBSETS[1:]], training=True)
-        loss = sum(layer.losses)
-    assert len(layer.losses) == 1 and loss == 0
-    assert all((gradient.numpy() == 0).all() for gradient in tape.gradient(loss, layer.trainable_variables))
+    loss, (_, *found) = _of_error(layer, [SUBSETS[1:]], [vectors])
+    assert loss == 0 and all((gradient == 0).all() for gradient in found)
+    layer([vectors, SUBSETS[1:]], training=True)
+    assert len(layer.losses) == 1
 
 
 @pytest.mark.parametrize("complete", [1, 5])
@@ -443,14 +455,17 @@ def test_pseudo_modality_values_that_are_not_present_change_no_bit(rng):
     available = present & (rng.random((8, 3)) < 0.6)
     available[:, 1] = True
     results = []
+
+    def squared(x):
+        y = layer([x, available, present], training=True)
+        return keras.ops.sum(y**2) + sum(layer.losses), y
+
     for odd in (0.0, *ODD):
         _rewind(layer)
-        x = tf.Variable(np.where(present[..., None], vectors, np.float32(odd)))
-        with tf.GradientTape() as tape:
-            y = layer([x, available, present], training=True)
-            loss = tf.reduce_sum(y**2) + sum(layer.losses)
-        results.append([y, loss, *tape.gradient(loss, [x, *layer.trainable_variables])])
-    assert (results[0][2].numpy()[~available] == 0).all() and (available != present).any()
+        x = np.where(present[..., None], vectors, np.float32(odd))
+        (loss, y), found = gradients.of(squared, [x], layer.trainable_variables)
+        results.append([y, loss, *found])
+    assert (results[0][2][~available] == 0).all() and (available != present).any()
     for result in results:
         assert np.isfinite(result[1])
         for got, expected in zip(result, results[0]):
@@ -479,23 +494,17 @@ def test_pseudo_modality_learns_to_predict_what_follows_from_the_others(rng):
         return np.stack([first, second, first @ a + second @ b], axis=1).astype("float32")
 
     keras.utils.set_random_seed(1)
-    layer, optimizer = PseudoModality(64, seed=1), keras.optimizers.Adam(0.01)
-    layer.build([(None, 3, 4), (None, 3)])
-    optimizer.build(layer.trainable_variables)
-
-    @tf.function
-    def step(vectors):
-        with tf.GradientTape() as tape:
-            layer([vectors, tf.ones((256, 3), "bool")], training=True)
-            loss = sum(layer.losses)
-        optimizer.apply(tape.gradient(loss, layer.trainable_variables))
+    layer = PseudoModality(64, seed=1)
+    inputs = [keras.Input((3, 4)), keras.Input((3,), dtype="bool")]
+    learner = keras.Model(inputs, layer(inputs))
+    learner.compile(keras.optimizers.Adam(0.01))
 
     new = drawn(500)
     available, told = np.array([[True, True, False]] * 500), []
     for steps in (0, 400):
         for _ in range(steps):
-            step(drawn(256))
-        told.append(layer([new, available]).numpy()[:, 2])
+            learner.train_on_batch([drawn(256), np.ones((256, 3), bool)])
+        told.append(convert_to_numpy(layer([new, available]))[:, 2])
     before, after = (
         1 - np.square(each - new[:, 2]).sum() / np.square(new[:, 2] - new[:, 2].mean(0)).sum() for each in told
     )
@@ -563,21 +572,22 @@ def _there(batch):
 def test_graded_fusion_gives_grades_that_what_is_missing_does_not_move_by_a_bit(architecture, strategy, fused, batch):
     model, there = fused(architecture, strategy), _there(batch)
     told, results = [], []
+
+    def summed(slices):
+        given = {name: keras.ops.convert_to_tensor(array) for name, array in batch.items()}
+        y = model(given | {"slices": slices}, training=True)
+        return keras.ops.sum(keras.ops.log(y[..., 0])) + sum(model.losses), y
+
     for odd in (0.0, np.nan, np.inf, 1e30):
         inputs = batch | {"slices": np.where(there[..., None], batch["slices"], np.float32(odd))}
-        inputs = {name: tf.constant(each) for name, each in inputs.items()}
-        slices = inputs["slices"]
-        told.append(model(inputs).numpy())
+        told.append(convert_to_numpy(model(inputs)))
         _rewind(model)
-        with tf.GradientTape() as tape:
-            tape.watch(slices)
-            y = model(inputs, training=True)
-            loss = tf.reduce_sum(tf.math.log(y[..., 0])) + sum(model.losses)
-        results.append([y, loss, *tape.gradient(loss, [slices, *model.trainable_variables])])
+        (loss, y), found = gradients.of(summed, [inputs["slices"]], model.trainable_variables)
+        results.append([y, loss, *found])
     assert told[0].shape == (14, 25, 3) and told[0].dtype == np.float32
     np.testing.assert_allclose(told[0].sum(axis=-1), 1, atol=1e-6)
     assert told[0].std(axis=0).max(axis=-1).min() > 1e-3  # no target is told the same of all rows
-    by_slices = results[0][2].numpy()
+    by_slices = results[0][2]
     assert (by_slices[~there] == 0).all() and (np.abs(by_slices[there]).max(axis=-1) > 0).mean() > 0.5
     for each, result in zip(told, results):
         np.testing.assert_array_equal(each, told[0])
@@ -592,7 +602,7 @@ def test_graded_fusion_round_trips_through_keras_file(architecture, strategy, fu
     model = fused(architecture, strategy)
     batch["available"] = np.concatenate([batch["available"][:-1], [[False] * 3]])
     model.save(tmp_path / "m.keras")
-    copy, expected = keras.saving.load_model(tmp_path / "m.keras"), model(batch).numpy()
+    copy, expected = keras.saving.load_model(tmp_path / "m.keras"), convert_to_numpy(model(batch))
     np.testing.assert_array_equal(copy(batch), expected)
     np.testing.assert_array_equal(np.isnan(expected).any(axis=(1, 2)), np.arange(14) == 13)
     np.testing.assert_allclose(copy.predict(batch, verbose=0), expected, atol=1e-6)  # as a graph, whose sums differ
@@ -606,12 +616,12 @@ def test_graded_fusion_round_trips_through_keras_file(architecture, strategy, fu
 @_each
 def test_graded_fusion_not_available_and_without_slices_are_one(architecture, strategy, fused, batch):
     model, expected = fused(architecture, strategy), None
-    expected = model(batch).numpy()  # not available, with slices there
+    expected = convert_to_numpy(model(batch))  # not available, with slices there
     masked = {**batch, "slice_mask": _there(batch), "available": np.ones_like(batch["available"])}
     np.testing.assert_array_equal(model(masked), expected)
     np.testing.assert_array_equal(model(batch | {"slice_mask": _there(batch)}), expected)
     # They do count where they are available.
-    everything = model(batch | {"available": np.ones_like(batch["available"])}).numpy()
+    everything = convert_to_numpy(model(batch | {"available": np.ones_like(batch["available"])}))
     assert (np.abs(everything - expected).max(axis=(1, 2))[2:] > 1e-4).all()
     np.testing.assert_array_equal(everything[:2], expected[:2])
 
@@ -619,15 +629,15 @@ def test_graded_fusion_not_available_and_without_slices_are_one(architecture, st
 @_each
 def test_graded_fusion_of_a_row_without_any_modality_is_nan_there_alone(architecture, strategy, fused, batch):
     model = fused(architecture, strategy)
-    expected = model(batch).numpy()
+    expected = convert_to_numpy(model(batch))
     batch["available"][3] = False
     batch["available"][5], batch["slice_mask"][5, 0] = [True, False, False], False  # its only one has no slice
     for training in (False, True):
-        got = model(batch, training=training).numpy()
+        got = convert_to_numpy(model(batch, training=training))
         np.testing.assert_array_equal(np.isnan(got).all(axis=(1, 2)), np.isin(np.arange(14), [3, 5]))
         assert np.isfinite(got[np.isin(np.arange(14), [3, 5], invert=True)]).all()
     others = np.isin(np.arange(14), [3, 5], invert=True)
-    np.testing.assert_array_equal(model(batch).numpy()[others], expected[others])
+    np.testing.assert_array_equal(convert_to_numpy(model(batch))[others], expected[others])
 
 
 def _relu(x):
@@ -658,7 +668,7 @@ def _convolved(model, x):
 @_each
 def test_graded_fusion_makes_of_its_parts_what_it_says(architecture, strategy, fused, batch):
     model, available = fused(architecture, strategy), batch["available"]
-    parts = {name: part.numpy() for name, part in modalities.strategy_parts(model)(batch).items()}
+    parts = {name: convert_to_numpy(part) for name, part in modalities.strategy_parts(model)(batch).items()}
     assert parts["vectors"].shape == (14, 3, 16)
     vectors, weights = parts["coped"], None
     if strategy == "dynamic":
@@ -693,8 +703,8 @@ def test_graded_fusion_makes_of_its_parts_what_it_says(architecture, strategy, f
 
 def test_graded_fusion_late_and_dynamic_with_one_modality_is_its_network_alone(fused, batch):
     model = fused("late", "dynamic")
-    vectors = modalities.strategy_parts(model)(batch)["vectors"].numpy()
-    told = model(batch).numpy()
+    vectors = convert_to_numpy(modalities.strategy_parts(model)(batch)["vectors"])
+    told = convert_to_numpy(model(batch))
     for row, modality in ((8, 0), (9, 0), (10, 1), (11, 1), (12, 2), (13, 2)):
         assert batch["available"][row].tolist() == [each == modality for each in range(3)]
         alone = _network(model, f"{NAMES[modality]}network", vectors[row : row + 1, modality])
@@ -720,13 +730,13 @@ def test_graded_fusion_dynamic_with_equal_weights_changes_nothing(architecture, 
 @pytest.mark.parametrize("strategy", ["zero", "dynamic"])
 def test_graded_fusion_networks_of_groups_move_their_own_targets(strategy, fused, batch):
     model, start = fused("grouped", strategy), 0
-    before = model(batch).numpy()
+    before = convert_to_numpy(model(batch))
     for name, number in GROUPS.items():
         bias = model.get_layer(f"{name}network_scores").bias
-        kept = bias.numpy()
+        kept = convert_to_numpy(bias)
         assert kept.shape == (number * 3,)
         bias.assign(kept + np.tile([2, 0, 0], number))
-        moved = np.abs(model(batch).numpy() - before).max(axis=(0, 2)) > 1e-3
+        moved = np.abs(convert_to_numpy(model(batch)) - before).max(axis=(0, 2)) > 1e-3
         bias.assign(kept)
         np.testing.assert_array_equal(np.flatnonzero(moved), np.arange(start, start + number))
         start += number
@@ -734,11 +744,11 @@ def test_graded_fusion_networks_of_groups_move_their_own_targets(strategy, fused
 
 def test_graded_fusion_late_and_dynamic_weighs_each_group_of_targets_apart(fused, batch):
     model, start = fused("late", "dynamic"), 0
-    before, bias = model(batch).numpy(), model.get_layer("strategy").bias
-    kept = bias.numpy()
+    before, bias = convert_to_numpy(model(batch)), model.get_layer("strategy").bias
+    kept = convert_to_numpy(bias)
     for group, number in enumerate(GROUPS.values()):
         bias.assign(kept + 3 * (np.arange(3) == group)[:, None] * [1, 0, 0])
-        moved = np.abs(model(batch).numpy() - before).max(axis=(0, 2)) > 1e-3
+        moved = np.abs(convert_to_numpy(model(batch)) - before).max(axis=(0, 2)) > 1e-3
         np.testing.assert_array_equal(np.flatnonzero(moved), np.arange(start, start + number))
         start += number
     bias.assign(kept)
@@ -756,11 +766,11 @@ def test_graded_fusion_slices_compete_but_in_the_joint_one(fused, batch):
 
 def test_graded_fusion_branches_read_their_own_slices(fused, batch):
     parts = modalities.strategy_parts(fused("grouped", "zero"))
-    before = parts(batch)["vectors"].numpy()
+    before = convert_to_numpy(parts(batch)["vectors"])
     for place in range(3):
         slices = batch["slices"].copy()
         slices[:, place] = slices[:, place, :, ::-1]
-        moved = np.abs(parts(batch | {"slices": slices})["vectors"].numpy() - before).max(axis=(0, 2))
+        moved = np.abs(convert_to_numpy(parts(batch | {"slices": slices})["vectors"]) - before).max(axis=(0, 2))
         np.testing.assert_array_equal(moved > 1e-3, np.arange(3) == place)
 
 
@@ -769,7 +779,7 @@ def test_graded_fusion_hides_modalities_in_training_alone(architecture, strategy
     model = _fused(architecture, strategy, modality_dropout=0.999, dropout=0.0)
     batch = {name: np.tile(each[:2], (15, *[1] * (each.ndim - 1))) for name, each in batch.items()}  # all complete
     alone = np.stack([model(batch | {"available": batch["available"] & (np.arange(3) == m)}) for m in range(3)])
-    drawn = model(batch, training=True).numpy()
+    drawn = convert_to_numpy(model(batch, training=True))
     nearest = np.abs(alone - drawn).max(axis=(2, 3))
     assert nearest.min(axis=0).max() < 1e-6 and len(set(nearest.argmin(axis=0))) == 3
     assert np.abs(model(batch) - alone).max(axis=(2, 3)).min() > 1e-4
@@ -779,11 +789,14 @@ def test_graded_fusion_pseudo_learns_from_what_dropout_hides_and_leaves_the_bran
     model = _fused("joint", "pseudo", modality_dropout=0.999)
     own = {variable.path for variable in model.get_layer("strategy").trainable_variables}
     for available, learns in ((np.ones((14, 3), bool), True), (np.array([[True, True, False]] * 14), False)):
-        with tf.GradientTape() as tape:
+
+        def error(available=available):
             model(batch | {"available": available}, training=True)
-            loss = sum(model.losses)
-        assert len(model.losses) == 1 and (loss > 0.01 if learns else loss == 0)
-        pairs = zip(model.trainable_variables, tape.gradient(loss, model.trainable_variables))
+            return sum(model.losses), len(model.losses)
+
+        (loss, count), found = gradients.of(error, variables=model.trainable_variables)
+        assert count == 1 and (loss > 0.01 if learns else loss == 0)
+        pairs = zip(model.trainable_variables, found)
         moved = {variable.path for variable, gradient in pairs if gradient is not None and np.abs(gradient).max() > 0}
         assert moved == (own if learns else set())
     model(batch)
@@ -800,7 +813,7 @@ def test_graded_fusion_l2_is_of_convolutions_and_networks(architecture, fused, b
         if variable.path.endswith("/kernel") and ("network_" in variable.path or "fusion_" in variable.path)
     ]
     assert len(kernels) == {"joint": 4, "grouped": 8, "late": 6}[architecture]
-    expected = 1e-3 * sum(np.square(kernel.numpy()).sum() for kernel in kernels)
+    expected = 1e-3 * sum(np.square(convert_to_numpy(kernel)).sum() for kernel in kernels)
     assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
     assert _fused(architecture, "neutral").losses == []
 
@@ -850,7 +863,7 @@ def test_graded_fusion_of_one_modality_one_group_and_two_grades(rng):
                 width=16,
                 units=16,
             )
-            told = model(inputs).numpy()
+            told = convert_to_numpy(model(inputs))
             assert told.shape == (2, 1, 2) and np.isfinite(told).all()
 
 
@@ -917,9 +930,9 @@ def test_strategy_parts_share_weights_and_say_nothing_of_another_model(fused, ba
     model = fused("joint", "neutral")
     parts, neutral = modalities.strategy_parts(model), model.get_layer("strategy").neutral
     assert parts.name == "joint_neutral_parts"
-    kept = neutral.numpy()
+    kept = convert_to_numpy(neutral)
     neutral.assign(kept + 1)
-    got = parts(batch)["coped"].numpy()
+    got = convert_to_numpy(parts(batch)["coped"])
     neutral.assign(kept)
     missing = ~batch["available"]
     np.testing.assert_array_equal(got[missing], np.broadcast_to(kept + 1, got.shape)[missing])

@@ -1,8 +1,10 @@
 import keras
 import numpy as np
 import pytest
+from keras.ops import convert_to_numpy
 
 from kerasmed import losses, models
+from tests import gradients
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def test_compact_cnn_preprocessing_is_inside_and_covers_minus_one_to_one(compact
     scaled = keras.Model(compact.input, compact.get_layer("preprocess").output)(
         np.array([0, 255], np.uint8).repeat(1024).reshape(2, 32, 32, 1)
     )
-    assert float(scaled[0].numpy().max()) == -1 and float(scaled[1].numpy().min()) == 1
+    assert float(convert_to_numpy(scaled[0]).max()) == -1 and float(convert_to_numpy(scaled[1]).min()) == 1
 
 
 def test_compact_cnn_default_size_and_reduction():
@@ -70,7 +72,7 @@ def test_label_head_puts_float32_logits_before_independent_probabilities(loss, r
     assert {layer.compute_dtype for layer in head} == {"float32"} and model.output.dtype == "float32"
     assert model.count_params() == {"binary": 18, "categorical": 36}[loss]
     parts = keras.Model(features, [model.get_layer("logits").output, model.output])
-    logits, probabilities = (part.numpy() for part in parts(np.float16(rng.normal(size=(4, 5)))))
+    logits, probabilities = (convert_to_numpy(part) for part in parts(np.float16(rng.normal(size=(4, 5)))))
     assert probabilities.shape == (4, 3)
     np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits)), atol=1e-6)  # float32
 
@@ -82,7 +84,7 @@ def test_label_head_of_two_scores_is_a_softmax_over_each_pair_with_its_cross_ent
     names = ("scores_absent", "scores_present", "logits")
     parts = keras.Model(features, [*(model.get_layer(name).output for name in names), probabilities])
     # Scores of up to some 10, where a probability rounds to 0 or 1 but a logit does not.
-    absent, present, logits, got = (part.numpy() for part in parts(np.float32(rng.normal(0, 5, (64, 5)))))
+    absent, present, logits, got = (convert_to_numpy(part) for part in parts(np.float32(rng.normal(0, 5, (64, 5)))))
     pairs = np.stack([absent, present], axis=-1)
     assert np.abs(logits).max() > 8
     np.testing.assert_allclose(got, keras.ops.softmax(pairs)[..., 1], atol=1e-6)  # float32
@@ -114,7 +116,7 @@ def test_two_layer_head_of_one_label_is_dense_dropout_dense_and_float32_logits(r
     hidden = [model.get_layer(name).activation for name in ("head_dense1", "head_dense2")]
     assert hidden == [keras.activations.relu] * 2
     parts = keras.Model(features, [model.get_layer("logits").output, model.output])
-    logits, probabilities = (part.numpy() for part in parts(np.float16(rng.normal(size=(4, 5)))))
+    logits, probabilities = (convert_to_numpy(part) for part in parts(np.float16(rng.normal(size=(4, 5)))))
     np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits)), atol=1e-6)  # float32
 
 
@@ -153,16 +155,16 @@ def test_classifier_keeps_the_graph_flat_and_shares_the_extractors_weights(rng):
 def test_max_pooled_takes_the_largest_of_each_map_of_the_same_layers(compact, rng):
     features = models.max_pooled(compact)
     pixels = rng.integers(0, 256, (5, 32, 32, 1), dtype=np.uint8)
-    maps = keras.Model(compact.input, compact.get_layer("pool").input)(pixels).numpy()
+    maps = convert_to_numpy(keras.Model(compact.input, compact.get_layer("pool").input)(pixels))
     assert maps.shape == (5, 8, 8, 16) and features.output.shape == (None, 16) and features.name == compact.name
     np.testing.assert_array_equal(features(pixels), maps.max(axis=(1, 2)))
     assert isinstance(features.get_layer("pool"), keras.layers.GlobalMaxPooling2D)
     assert features.get_layer("stem_conv") is compact.get_layer("stem_conv")
     assert "logits" not in {layer.name for layer in features.layers}
     kernel = compact.get_layer("stem_conv").kernel
-    before = features(pixels).numpy()
+    before = convert_to_numpy(features(pixels))
     kernel.assign(kernel * 2)
-    changed = features(pixels).numpy()
+    changed = convert_to_numpy(features(pixels))
     kernel.assign(kernel / 2)
     assert (changed != before).any()
 
@@ -337,17 +339,16 @@ def test_attention_classifier_branches_share_nothing(attention, rng):
 
 
 def test_attention_classifier_values_that_are_masked_change_no_bit_of_output_and_gradients(attention, rng):
-    import tensorflow as tf
-
     batch, y = _batch(rng), rng.integers(0, 3, (6, 5)).astype("float32")
     y[0, 1], y[3] = np.nan, np.nan
     logits = keras.Model(attention.inputs, attention.get_layer("logits").output)
-    results = []
+    counted, results = losses.GradedCrossentropy((1, 2, 4)), []
     for odd in (np.nan, 0, 1e30):
         filled = {name: np.nan_to_num(each, nan=odd) if "slices" in name else each for name, each in batch.items()}
-        with tf.GradientTape() as tape:
-            loss = losses.GradedCrossentropy((1, 2, 4))(y, logits(filled, training=False))
-        results.append([loss, *tape.gradient(loss, attention.trainable_variables)])
+        loss, found = gradients.of(
+            lambda filled=filled: counted(y, logits(filled, training=False)), variables=attention.trainable_variables
+        )
+        results.append([loss, *found])
     for result in results:
         assert np.isfinite(result[0]) and all(np.abs(gradient).max() > 0 for gradient in result[1:])
         for got, expected in zip(result, results[0]):
@@ -456,7 +457,7 @@ def test_attention_branch_is_the_classifiers_with_slices_that_compete_or_not(com
     inputs = [batch["canal_slices"], batch["canal_mask"]]
     taken = models.attention_parts(attention, "canal")
     branch.set_weights([each for name in names for each in attention.get_layer(name).get_weights()])
-    pooled, weights = (part.numpy() for part in branch(inputs))
+    pooled, weights = (convert_to_numpy(part) for part in branch(inputs))
     for got, expected in zip((pooled, weights), taken(inputs)):
         assert np.array_equal(got, expected) == competing
     there = batch["canal_mask"]

@@ -119,6 +119,7 @@ def test_describe_notebook_that_names_no_system_anywhere_is_refused(project):
         ("__import__('os').getcwd()", "__import__('os').getcwd()"),
         ('"; import os', '"; import os'),
         ("['a']", ["a"]),
+        *((text, text) for text in ("{{1}}", "{[]}", "{[1]: 2}")),  # no set or mapping of such can be
     ],
 )
 def test_parse_value_takes_literals_and_runs_nothing(text, value):
@@ -158,9 +159,14 @@ def test_run_leaves_a_complete_folder_and_does_not_repeat_it(project):
         ),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", None, "^cell 4: DeadKernelError.*short of memory"),
         ("import time; time.sleep(60)", 2, "^cell 4: CellTimeoutError"),
+        (
+            "from kerasmed import atomic\nwith atomic.whole('x.txt'):\n    raise OSError('4 requested and 1 written')",
+            None,
+            r"^cell 4 \(In \[3\]\): OSError: cannot write x.txt: No space left.*\n  at line [23]: (with|raise) ",
+        ),
         ("print('no metrics')", None, "ended without `runs.finish` or `runs.summarize`"),
     ],
-    ids=["error", "dead kernel", "timeout", "no metrics"],
+    ids=["error", "dead kernel", "timeout", "error from another", "no metrics"],
 )
 def test_run_failure_is_an_error_and_keeps_the_notebook(project, body, timeout, message):
     notebook, parameters = project(body)
@@ -207,6 +213,28 @@ def test_execute_with_a_word_empties_the_folder_once_for_each_word(project):
     assert execute(force="two") == (True, False)
     assert execute(force=True) == execute(force=True) == (True, False)
     assert execute() == (False, True)
+
+
+def test_execute_of_a_run_with_a_damaged_file_does_it_again(project, caplog):
+    notebook, parameters = project(GOOD)
+    placed = notebooks.place(notebook, parameters)
+    assert notebooks.execute(placed) and not notebooks.execute(placed)
+    metrics = (placed.folder / "metrics.json").read_text()
+    (placed.folder / "metrics.json").write_text(metrics[:-9])
+    assert notebooks.execute(placed)
+    assert (placed.folder / "metrics.json").read_text() == metrics
+    assert f"{placed.folder} is done again from its last whole stage: metrics.json is damaged" in caplog.text
+    (placed.folder / ".notebook.1.tmp.ipynb").write_text("{")  # of a command killed after the metrics
+    (placed.folder / "notebook.ipynb").unlink()
+    assert notebooks.execute(placed) and runs.read_json(placed.folder / "notebook.ipynb")["cells"]
+    assert not notebooks.execute(placed) and not list(placed.folder.glob(".*"))
+
+
+def test_execute_warns_of_data_that_changed_after_they_were_read(project, brain_root, caplog):
+    change = "\nimport os\nfrom pathlib import Path\nos.utime(next(Path(data_root).rglob('*.jpg')), (1, 1))"
+    notebook, parameters = project(GOOD + change)
+    assert notebooks.execute(notebooks.place(notebook, parameters))
+    assert "the data have changed since" in caplog.text
 
 
 def test_execute_after_a_change_of_the_notebook_says_so_before_it_begins(project):
@@ -263,6 +291,7 @@ def test_shipped_notebook_keeps_the_conventions(name):
     ]
     assert not long
     source = "\n".join("".join(cell["source"]) for cell in code)
+    assert source.index("datasets.fingerprint(") < source.index("datasets.refuse_changed(")
     for banned in ("!pip", "\nclass ", "filterwarnings"):
         assert banned not in source
     assert not re.search(r"""["'](/|~|[A-Za-z]:\\)""", source), "an absolute path"

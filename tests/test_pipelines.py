@@ -1,4 +1,5 @@
 import itertools
+import logging
 import os
 import shutil
 import subprocess
@@ -170,19 +171,64 @@ def test_decode_shard_that_is_lost_before_the_end_is_made_again(tree, monkeypatc
     assert np.array_equal(_decode(tree, jobs=1).images, whole.images) and lost
 
 
-def test_decode_file_that_the_system_refused_is_tried_again(tree, monkeypatch):
-    read = images.read
+def test_decode_file_that_the_system_refused_is_tried_again(tree, monkeypatch, caplog):
+    read, asked = images.read, []
 
-    def refuses_one(path, **options):
-        if path.name == "i 3.png":
+    def refuses_two(path, **options):
+        asked.append(path.name)
+        if path.name in ("i 3.png", "i 5.png"):
             raise PermissionError(13, "Permission denied")
         return read(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "read", refuses_one)
-        store = _decode(tree)
-    assert store.quarantine["reason"].tolist() == ["system refused: PermissionError: Permission denied"]
-    assert len(store.images) == 19 and len(_decode(tree).images) == 20
+        patch.setattr(images, "read", refuses_two)
+        store = _decode(tree, max_quarantined_share=0.1)
+        assert len(asked) == 20
+        # As long as the system refuses them, these two alone are tried, and the store stays as it is
+        again = _decode(tree, max_quarantined_share=0.1)
+    assert asked[20:] == ["i 3.png", "i 5.png"] and not caplog.records and len(again.images) == 18
+    assert store.quarantine["reason"].tolist() == ["system refused: PermissionError: Permission denied"] * 2
+    assert len(_decode(tree).images) == 20
+    assert [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"] == [
+        f"the decoded store {store.folder} is made again: 2 of the 2 files that the system refused can now be read. "
+        "First: ['i 3.png', 'i 5.png']"
+    ]
+
+
+@pytest.mark.slow
+def test_decode_file_that_did_not_fit_into_memory_is_tried_again(tree, monkeypatch):
+    read = images.read
+
+    def starves(path, **options):
+        if path.name == "i 7.png":
+            raise MemoryError
+        return read(path, **options)
+
+    monkeypatch.setattr(images, "read", starves)
+    assert _decode(tree).quarantine["reason"].tolist() == ["system refused: out of memory"]
+    monkeypatch.setattr(images, "read", read)
+    assert not len(_decode(tree).quarantine)
+
+
+@pytest.mark.parametrize("name", ["6154", "0007", "1e5", "NA", "null", "nan", 'a,"b\nc', " a "])
+def test_decode_bad_file_of_an_odd_name_is_set_aside_under_that_name(tree, name):
+    root, manifest = tree
+    (root / name).write_bytes(b"no picture")
+    first = pd.concat([pd.DataFrame({"image_path": [name]}), manifest.head(2)])
+    for _ in range(2):  # made, and opened
+        store = _decode((root, first), max_quarantined_share=0.5)
+        assert store.quarantine["image_path"].tolist() == [name]
+        assert store.manifest["image_path"].tolist() == ["i 0.png", "i 1.png"] and len(store.images) == 2
+
+
+def test_decode_folder_is_set_aside_for_good(tree, monkeypatch):
+    root, manifest = tree
+    (root / "folder.png").mkdir()
+    odd = pd.concat([manifest, pd.DataFrame({"image_path": ["folder.png"]})])
+    store = _decode((root, odd), max_quarantined_share=0.1)
+    assert store.quarantine["reason"].tolist() == ["a folder, where a file is expected"]
+    monkeypatch.setattr(images, "read", lambda *_: pytest.fail("decoded twice"))
+    assert _decode((root, odd), max_quarantined_share=0.1).folder == store.folder
 
 
 @pytest.mark.slow
@@ -339,14 +385,15 @@ def test_evaluation_dataset_weights_without_targets_are_refused(arrays):
         pipelines.evaluation_dataset(images_, rows, weights=np.ones(14, np.float32))
 
 
-def test_predict_files_further_inputs_are_those_of_the_readable_files(tree):
+@pytest.mark.parametrize("devices", [1, 2])  # each of which answers all of a batch, one after another
+def test_predict_files_further_inputs_are_those_of_the_readable_files(tree, devices):
     (tree[0] / "i 3.png").write_bytes(b"")
     seen = []
 
     class Told:
         def predict_on_batch(self, inputs):
             seen.append(inputs["image"].shape)
-            return inputs["patient"]
+            return np.concatenate([inputs["patient"]] * devices)
 
     def beside(names):
         return {"patient": np.array([[float(name.split()[1].removesuffix(".png"))] for name in names])}
@@ -385,3 +432,35 @@ def test_training_dataset_passes_on_what_went_wrong(arrays):
 
     with pytest.raises(Exception, match="no such picture"):
         next(iter(pipelines.training_dataset(images_, rows, targets, batch_size=4, seed=0, augment=broken)))
+
+
+@pytest.mark.parametrize("path", ["../outside.png", "/etc/hostname", "a\0b.png", "~/b.png"])
+def test_decode_of_a_path_that_leaves_the_root_is_refused(tmp_path, path):
+    with pytest.raises(ValueError, match="column image_path .* in 1 of 2 rows"):
+        pipelines.decode(pd.DataFrame({"image_path": ["a.png", path]}), tmp_path, image_size=(8, 8))
+
+
+def test_decode_of_a_file_that_changes_meanwhile_is_refused_by_name(tree, monkeypatch):
+    read, last = images.read, tree[0] / "i 3.png"
+
+    def changes(path, **options):
+        found = read(path, **options)
+        if path == last:
+            os.utime(path, (1, 1))
+        return found
+
+    monkeypatch.setattr(images, "read", changes)
+    with pytest.raises(RuntimeError, match=r"1 files were changed while they were decoded.*First: \['i 3.png'\]"):
+        _decode(tree)
+    assert not list(paths.cache_root().glob("*/images.npy")) and not list(paths.cache_root().glob("*.building/0*"))
+    assert len(_decode(tree).manifest) == 20
+
+
+def test_decode_store_that_is_cut_is_made_again_and_says_so(tree, caplog):
+    whole = _decode(tree)
+    expected = np.array(whole.images)
+    content = (whole.folder / "images.npy").read_bytes()
+    (whole.folder / "images.npy").write_bytes(content[:-1])
+    with caplog.at_level(logging.WARNING, "kerasmed.pipelines"):
+        np.testing.assert_array_equal(_decode(tree).images, expected)
+    assert f"the decoded store {whole.folder} is damaged and is made again" in caplog.text

@@ -1,7 +1,7 @@
 import contextlib
+import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -46,16 +46,6 @@ def test_key_changes_with_the_content_of_a_file_of_weights(suffix, tmp_path):
     assert keys[0] == keys[2] and len({absent, *keys}) == 3
 
 
-def test_whole_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "a.json"
-    runs.write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="stop"), runs.whole(path) as temporary:
-        temporary.write_text("half")
-        raise ValueError("stop")
-    assert runs.read_json(path) == {"a": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
-
-
 def test_write_json_turns_numpy_and_nan_into_json(tmp_path):
     runs.write_json(
         tmp_path / "a.json", {"a": np.float32(0.5), "b": float("nan"), "c": (np.int64(1), np.arange(2)), "d": tmp_path}
@@ -75,6 +65,18 @@ def test_key_ignores_locations_and_order_and_sees_the_rest():
         runs.key("06_x", PARAMETERS, "f"),
     ]
     assert key not in others and len(set(others)) == 3
+
+
+def test_key_is_another_under_another_backend_and_does_not_name_tensorflow(monkeypatch):
+    keys = {}
+    for name in ("tensorflow", "jax", "torch"):
+        monkeypatch.setattr(runs, "backend", lambda name=name: name)
+        keys[name] = runs.key("07_brain_mri", PARAMETERS, "f")
+    assert len(set(keys.values())) == 3
+    # As runs from before there were others.
+    identity = {"notebook": "07_brain_mri", "data": "f", "sources": runs.sources_hash("07_brain_mri")}
+    content = json.dumps(identity | {"parameters": PARAMETERS}, sort_keys=True)
+    assert keys["tensorflow"] == hashlib.sha256(content.encode()).hexdigest()[:10]
 
 
 def test_key_sees_a_change_of_the_notebooks_code_not_of_its_text(tmp_path, monkeypatch):
@@ -177,31 +179,22 @@ def test_start_of_another_run_lets_the_first_go():
     assert [runs.status(run)["status"] for run in (first, second)] == ["interrupted", "running"]
 
 
-def test_status_of_a_damaged_file_is_unreadable():
+@pytest.mark.parametrize("content", ["{", "null", "[]", '{"statur": "complete"}'])
+def test_status_of_a_damaged_file_is_unreadable(content):
     run = _start()
-    (run / "status.json").write_text("{")
+    (run / "status.json").write_text(content)
     assert runs.status(run)["status"] == "unreadable"
     assert collection.collect()["error"][0].startswith("status.json:")
 
 
-def test_whole_folder_appears_when_whole_and_yields_to_another(tmp_path):
-    (tmp_path / f".a.{runs._host_hash()}.4194305.tmp").mkdir()  # left by a process that is gone
-    with pytest.raises(ValueError, match="stop"), runs.whole_folder(tmp_path / "a") as folder:
-        (folder / "x").touch()
-        raise ValueError("stop")
-    assert list(tmp_path.iterdir()) == []
-    with runs.whole_folder(tmp_path / "a") as folder:
-        (folder / "x").touch()
-        shutil.copytree(folder, tmp_path / "a")
-        (tmp_path / "a/theirs").touch()
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["theirs", "x"]
-
-
-def test_whole_folder_leaves_what_another_machine_may_be_writing(tmp_path):
-    (tmp_path / ".a.0123456789.4194305.tmp").mkdir()
-    with runs.whole_folder(tmp_path / "a"):
-        pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.0123456789.4194305.tmp", "a"]
+@pytest.mark.parametrize("name", ["status", "notebook", "profile", "data_source", "finished"])
+def test_find_passes_by_a_run_whose_status_has_lost_a_name(name):
+    broken, whole = _finished(fingerprint="1"), _finished(fingerprint="2")
+    state = runs.read_json(broken / "status.json") | {"finished": "2100-01-01"}
+    runs.write_json(broken / "status.json", {key: value for key, value in state.items() if key != name})
+    assert runs.find("brain") == whole
+    with pytest.raises(FileNotFoundError, match=f"does not say {name}: it is damaged|is unreadable, not complete"):
+        runs.find("brain", run=broken)
 
 
 def test_find_takes_the_newest_complete_and_says_what_to_do_without():
@@ -389,3 +382,59 @@ def test_variant_folder_is_named_after_the_variant_in_what_suits_a_file_name(tmp
     for variant, folder in names.items():
         assert runs.variant_folder(tmp_path, variant) == tmp_path / "variants" / folder
         assert runs.variant_folder(tmp_path, folder).is_dir()  # a folder's name leads to itself
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def _finished(**changes):
+    run = _start(**changes)
+    runs.write_table(run / "predictions.csv", pd.DataFrame({"p": [0.5]}))
+    (run / "model.keras").write_bytes(b"weights")
+    runs.finish(run, headline=[_row()], rows=[_row()])
+    return run
+
+
+def test_damaged_lists_what_is_not_as_the_run_left_it():
+    run = _finished()
+    assert runs.damaged(run, models=True) == [] and runs.find("brain") == run
+    (run / "notes.csv").touch()  # is nobody's business
+    (run / "model.keras").write_bytes(b"weighty")
+    assert runs.damaged(run) == [] and runs.damaged(run, models=True) == ["model.keras"]
+    (run / "predictions.csv").write_text("p\n0.7\n")
+    (run / "params.json").unlink()
+    assert runs.damaged(run) == ["params.json", "predictions.csv"]
+    assert runs.damaged(run, only=["metrics.json", "params.json"]) == ["params.json"]
+    with pytest.raises(runs.Damaged, match="params.json, predictions.csv of run .* makes anew what is damaged"):
+        runs.find("brain")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}"])
+def test_find_of_one_run_is_not_hindered_by_a_damaged_other(content):
+    run, other = _finished(), _start(fingerprint="other")
+    runs.finish(other, headline=[_row()], rows=[_row()])
+    path = other / "environment.json"
+    path.unlink() if content is None else path.write_text(content)
+    assert runs.find("brain", fingerprint="f") == run
+    for named in (other, "auto"):  # the newest, or of one second either
+        with pytest.raises(FileNotFoundError, match="environment.json of run|no complete run"):
+            runs.find("brain", run=named, fingerprint="other")
+    with pytest.raises(runs.Damaged, match=f"environment.json of run {other} is damaged"):
+        runs.find("brain", run=other)
+
+
+def test_damaged_of_a_run_of_an_earlier_version_knows_nothing():
+    run = _finished()
+    state = runs.read_json(run / "status.json")
+    for files in (None, [], "x"):
+        runs.write_json(run / "status.json", state | {"files": files})
+        (run / "predictions.csv").write_text("")
+        assert runs.damaged(run) == [] and runs.find("brain") == run
+
+
+def test_collect_flags_a_run_whose_metrics_were_changed_and_shows_no_number():
+    run = _finished()
+    metrics = (run / "metrics.json").read_text()
+    (run / "metrics.json").write_text(metrics.replace("0.9", "0.8"))
+    table = collection.collect()
+    assert table["value"].isna().all() and "metrics.json (not as the run left it" in table["flags"][0]

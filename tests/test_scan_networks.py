@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+from keras.ops import convert_to_numpy
 
 from kerasmed import gradcam, scan_networks
 
@@ -93,7 +94,7 @@ def test_build_dropout_stands_where_the_earlier_work_had_it():
 def test_build_scales_the_pixels_to_zero_and_one_inside(small, name):
     model = small(name)
     ends = np.uint8([0, 255]).repeat(32 * 32).reshape(2, 32, 32, 1)
-    scaled = keras.Model(model.input, model.get_layer("preprocess").output)(ends).numpy()
+    scaled = convert_to_numpy(keras.Model(model.input, model.get_layer("preprocess").output)(ends))
     assert scaled[0].max() == 0 and np.ptp(scaled[1]) == 0 and scaled[1].min() == pytest.approx(1, abs=1e-6)
 
 
@@ -102,7 +103,7 @@ def test_build_round_trips_through_keras_file(small, name, tmp_path, rng):
     model = small(name)
     pixels = rng.integers(0, 256, (3, 32, 32, 1), dtype=np.uint8)
     model.save(tmp_path / "m.keras")
-    probabilities = model(pixels).numpy()
+    probabilities = convert_to_numpy(model(pixels))
     assert probabilities.dtype == "float32" and probabilities.std(axis=0).min() > 0
     np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "m.keras")(pixels), probabilities)
 
@@ -113,7 +114,7 @@ def test_build_lstm_reads_the_rows_in_order(small, rng):
     first, last = pixels.copy(), pixels.copy()
     first[:, 0], last[:, -1] = 255 - first[:, 0], 255 - last[:, -1]
     logits = keras.Model(small("lstm").input, small("lstm").get_layer("logits").output)
-    now, without_first, without_last = logits(np.concatenate([pixels, first, last])).numpy()
+    now, without_first, without_last = convert_to_numpy(logits(np.concatenate([pixels, first, last])))
     assert np.abs(without_last - now).sum() > 3 * np.abs(without_first - now).sum()
 
 

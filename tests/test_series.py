@@ -395,7 +395,7 @@ def test_convert_by_processes_equals_one(spine, monkeypatch, tmp_path):
     two = _convert(spine, normalisations=("gsl", "hist"), jobs=2)
     assert one.folder.name == two.folder.name and one.folder != two.folder
     names = sorted(path.relative_to(one.folder) for path in one.folder.rglob("*") if path.is_file())
-    assert len(names) == 3 * 3 + 3 and names == sorted(
+    assert len(names) == 3 * 3 + 4 and names == sorted(
         path.relative_to(two.folder) for path in two.folder.rglob("*") if path.is_file()
     )
     for name in names:
@@ -606,6 +606,10 @@ def test_convert_of_an_empty_manifest_is_empty(spine):
         (lambda table: table.drop(columns="modality"), r"has no columns \['modality'\]"),
         (lambda table: pd.concat([table, table.iloc[:1]]), r"1 series are named twice; .* First: \['7/71'\]"),
         (lambda table: table.assign(series_id=["71", "../72", "81"]), r"1 rows have .* First rows: \[1\]"),
+        (
+            lambda table: table.assign(series_path=["a", "b", "../data/c"]),
+            r"column series_path leaves the data root in 1 of 3 rows: .* First rows: \['../data/c'\]",
+        ),
     ],
 )
 def test_convert_of_a_manifest_that_cannot_be_is_refused(spine, change, reason):
@@ -691,12 +695,13 @@ def test_convert_lets_no_identifier_out(tmp_path, rng, monkeypatch, caplog, capf
     assert volumes.table["slices"].item() >= 4 and len(volumes.quarantine) >= 6
     assert volumes.table["manufacturer"].item() == "other" and volumes.table["age"].item() == 90
     files = [path for jobs in (1, 2) for path in (tmp_path / f"cache{jobs}").rglob("*") if path.is_file()]
-    assert len(files) == 2 * (6 + 1)  # and a lock
+    assert len(files) == 2 * (7 + 1)  # and a lock
     for content in (*(path.read_bytes() for path in files), *(text.encode() for text in said)):
         assert not any(secret in content for secret in secrets)
         assert b"planted" not in content.lower()
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 @pytest.mark.skipif(os.cpu_count() < 2, reason="one core")
 def test_convert_by_two_processes_takes_little_more_than_half_the_time(tmp_path, rng, monkeypatch):
@@ -717,3 +722,83 @@ def test_convert_by_two_processes_takes_little_more_than_half_the_time(tmp_path,
         if attempt > 1 and min(seconds[2]) <= min(seconds[1]) / 1.6:
             return
     pytest.fail(f"seconds by number of processes: {seconds}")
+
+
+def test_convert_keeps_files_and_series_that_are_called_na(tmp_path, rng):
+    _write_series(tmp_path / "data/NA", _volume(rng, 2), names=["NA", "null"])
+    (tmp_path / "data/NA/nan").write_bytes(b"text")
+    row = {"study_id": "NA", "series_id": "NA", "modality": "NA", "series_path": "NA"}
+    converted = _convert((tmp_path / "data", pd.DataFrame([row])), max_quarantined_share=0.5)
+    assert converted.slices["file"].tolist() == ["NA", "null"]
+    assert converted.quarantine["path"].tolist() == ["NA/nan"]
+    assert converted.table["modality"].tolist() == ["NA"] and converted.table["sex"].isna().all()
+    assert series.load(converted, "gsl", 0).shape == (2, *SIZE)
+
+
+def test_read_file_that_did_not_fit_into_memory_is_worth_another_try(tmp_path, rng, monkeypatch):
+    folder = _write_series(tmp_path / "a", _volume(rng, 2))
+    read = dicom.read_slices
+
+    def starves(path):
+        if path.name == "1.dcm":
+            raise MemoryError
+        return read(path)
+
+    monkeypatch.setattr(dicom, "read_slices", starves)
+    found = _read(folder)
+    assert found.quarantine.values.tolist() == [["1.dcm", "system refused: out of memory"]]
+    assert found.table["file"].tolist() == ["2.dcm"]
+
+
+def test_convert_of_a_series_that_changes_meanwhile_is_refused_by_name(spine, monkeypatch):
+    read = series.read
+
+    def changes(folder, names):
+        found = read(folder, names)
+        if folder.name == "81":
+            (folder / "99.dcm").write_bytes(b"more")
+        return found
+
+    monkeypatch.setattr(series, "read", changes)
+    with pytest.raises(RuntimeError, match=r"81 was changed while it was read"):
+        _convert(spine)
+    assert not list((spine[0].parent / "cache").rglob("81.json"))
+
+
+def test_load_of_an_array_that_is_cut_says_what_to_delete(spine):
+    volumes = _convert(spine)
+    path = next((volumes.folder / "gsl").rglob("*.npy"))
+    for each in (volumes.folder / "gsl").rglob("*.npy"):
+        each.write_bytes(each.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"npy is damaged: .*delete {volumes.folder} and give the command again"):
+        series.load(volumes, "gsl", 0)
+    assert path.exists()
+
+
+def test_load_of_an_array_that_is_gone_says_what_to_delete(spine):
+    volumes = _convert(spine)
+    next((volumes.folder / "gsl").rglob("71.npy")).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"71.npy is gone; delete {volumes.folder} and give the command again"):
+        series.load(volumes, "gsl", 0)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "gone", "flipped"])
+def test_convert_makes_damaged_tables_again_without_decoding(spine, decoded, caplog, damage):
+    (spine[0] / spine[1]["series_path"][0] / "2.dcm").write_bytes(b"")
+    before = _convert(spine, max_quarantined_share=1)
+    files = len(decoded)
+    for name in ("index.csv", "slices.csv", "quarantine.csv", "hashes.json"):
+        path = before.folder / name
+        content = path.read_bytes()
+        flipped = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+        path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "flipped": flipped}.get(damage, b""))
+        if damage == "gone":
+            path.unlink()
+        caplog.clear()
+        after = _convert(spine, max_quarantined_share=1)
+        for table in ("table", "slices", "quarantine"):
+            pd.testing.assert_frame_equal(getattr(after, table), getattr(before, table))
+        assert path.read_bytes() == content and len(decoded) == files
+        # Without hashes.json a conversion is one that was never finished
+        told = any(f"tables of the series in {before.folder} are damaged" in message for message in caplog.messages)
+        assert told == ((name, damage) != ("hashes.json", "gone"))

@@ -60,6 +60,19 @@ def test_assign_unfit_manifest_is_refused(change, message):
         splits.assign(_manifest((2, 2, 2)).assign(**change), CLASSES)
 
 
+def test_assign_images_of_which_no_two_have_the_same_labels_are_split_all_the_same():
+    labels = pd.DataFrame([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], columns=CLASSES)
+    for frame in (labels, labels[1:4]):
+        split = splits.assign(frame.assign(group_id=range(len(frame))), CLASSES)["split"]
+        assert sorted(split.unique()) == ["test", "train", "valid"]
+
+
+def test_assign_groups_that_are_spelt_alike_are_one():
+    frame = pd.DataFrame({"a": 0, "b": 0, "c": 0, "group_id": [1, "1", 2, "2"]})
+    with pytest.raises(ValueError, match="2 groups cannot fill train, valid and test"):
+        splits.assign(frame, CLASSES)
+
+
 def test_assign_shares_out_of_range_are_refused():
     with pytest.raises(ValueError, match="together below 1"):
         splits.assign(_manifest((5, 5, 5)), CLASSES, test_share=0.6, valid_share=0.5)

@@ -114,6 +114,7 @@ def test_sweep_refuses_every_typo_before_the_first_run(project, arguments, messa
         ("- epochs\n- 3\n", "holds ['epochs', 3]; expected a YAML mapping"),
         ("3: [1]\n", "holds {3: [1]}; expected a YAML mapping"),
         ("epochs: [1, 2", "cannot be read as YAML: while parsing a flow sequence"),
+        *((f"epochs: !!{tag}\n", "cannot be read as YAML") for tag in ("bool maybe", "int ''", "timestamp x")),
         ("epochs: 3\n", "the grid gives epochs as 3; expected a list of values to try"),
         ("rate: [1e-3]\n", "'rate' (given) of 10_tiny is '1e-3'; expected float"),
         ("epochs: [1, 2]\nsure: [true]\n", "sure is given both as False"),

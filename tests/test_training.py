@@ -1,3 +1,6 @@
+import shutil
+from types import SimpleNamespace
+
 import keras
 import numpy as np
 import pandas as pd
@@ -351,3 +354,67 @@ def test_fit_stages_of_one_stage_trains_in_the_folder_itself(tmp_path):
     stage = training.Stage("all", "all", 1, 0.1)
     history = training.fit_stages(model, [stage], fit_one, network="compact", folder=tmp_path / "run")
     assert history.columns.tolist() == ["epoch", "val_loss", "kept"] and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.slow
+def test_fit_with_a_damaged_checkpoint_begins_anew_and_says_so(tmp_path, monkeypatch, caplog):
+    whole, history = _fit(tmp_path / "whole", epochs=2)
+    with monkeypatch.context() as patch:
+        _kill_after(patch, 1)
+        with pytest.raises(SystemExit):
+            _fit(tmp_path / "killed", epochs=2)
+    content = (tmp_path / "killed/checkpoint.npz").read_bytes()
+    half = len(content) // 2
+    flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+    for name, damaged in {"flipped": flipped, "cut": content[:-100], "empty": b""}.items():
+        shutil.copytree(tmp_path / "killed", tmp_path / name)
+        path = tmp_path / name / "checkpoint.npz"
+        path.write_bytes(damaged)
+        again, _ = _fit(tmp_path / name, epochs=2)
+        assert f"{path} is damaged" in caplog.text and "this training begins anew" in caplog.text
+        for one, other in zip(whole.get_weights(), again.get_weights(), strict=True):
+            np.testing.assert_array_equal(one, other)
+        caplog.clear()
+
+
+def test_fit_with_a_cut_model_trains_again(tmp_path, caplog):
+    whole, history = _fit(tmp_path, epochs=1)
+    path = tmp_path / "model.keras"
+    path.write_bytes(path.read_bytes()[:-100])
+    again, same = _fit(tmp_path, epochs=1)
+    assert f"{path} is damaged" in caplog.text
+    np.testing.assert_array_equal(whole.get_weights()[0], again.get_weights()[0])
+    pd.testing.assert_frame_equal(history.drop(columns="seconds"), same.drop(columns="seconds"))
+
+
+def _nesting(dropout=0.5):
+    """A network whose trunk, with batch normalisation and dropout, is a model of its own."""
+    trunk = models.compact_cnn((16, 16), 2, filters=(4,), dropout=dropout)
+    trunk = keras.Model(trunk.inputs, trunk.get_layer("logits").input, name="trunk")
+    inputs = keras.Input((16, 16, 1), dtype="uint8", name="image")
+    logits = keras.layers.Dense(2, name="logits")(trunk(inputs))
+    return keras.Model(inputs, keras.layers.Softmax()(logits))
+
+
+def test_statistics_of_whole_batches_are_those_of_nested_models_too():
+    model = _nesting()
+    norms = [one for one in model.get_layer("trunk").layers if isinstance(one, keras.layers.BatchNormalization)]
+    shared = SimpleNamespace(
+        distribute_strategy=SimpleNamespace(num_replicas_in_sync=2), _flatten_layers=model._flatten_layers
+    )
+    with training._statistics_of_whole_batches(shared):
+        assert norms and all(norm.synchronized for norm in norms)
+    assert not any(norm.synchronized for norm in norms)
+
+
+def test_fit_with_pytorch_seeds_dropout_of_nested_models_too(tmp_path, monkeypatch):
+    model = _nesting()
+    (dropout,) = [one for one in model.get_layer("trunk").layers if isinstance(one, keras.layers.Dropout)]
+    assert dropout.seed_generator._initial_seed is None
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    monkeypatch.setattr(training, "_Checkpoint", lambda *_: 1 / 0)  # nothing is trained
+    with pytest.raises(ZeroDivisionError):
+        training.fit(
+            model, None, None, folder=tmp_path, steps_per_epoch=1, epochs=1, loss="categorical_crossentropy", metrics=[]
+        )
+    assert dropout.seed_generator._initial_seed == 0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from kerasmed import images, manifest, runs
+from kerasmed import atomic, images, manifest, runs, tables
 from kerasmed.audit import findings, likeness, page, shortcuts
 from kerasmed.datasets import files
 
@@ -74,7 +74,9 @@ def index(path, *, root=None) -> tuple[Path, pd.DataFrame, list[str], str]:
     names are no splits, and more than 200 no labels: folders of patients, say.
     A manifest is a CSV with `image_path` (relative to the CSV, or to `root`), as far as known `split`, `patient_id`,
     `study_id` and `group_id`, and one column `label` of names or, without it, columns of labels that hold 1, 0 or
-    nothing; other columns are left alone. Only an empty cell is missing: a label may be spelt "None", a patient "NA".
+    nothing; other columns are left alone, and a column without a name is not read. Only a blank cell is missing: a
+    label may be spelt "None", a patient "NA". Spaces round a cell do not count. What the paths may be is said in
+    `kerasmed.manifest.check_paths`: they never lead out of the root by what they say; links on the disk are followed.
 
     Args:
         path: folder or CSV file.
@@ -88,8 +90,9 @@ def index(path, *, root=None) -> tuple[Path, pd.DataFrame, list[str], str]:
     Raises:
         FileNotFoundError: no such path or root, or no image below it.
         ValueError: neither folder nor CSV; a root for a folder; a CSV that is empty, not in UTF-8 or not separated by
-            commas, without `image_path` or rows, with a path twice, or with one that leaves its folder; a label with
-            the name of a column.
+            commas (see `kerasmed.tables.read`), with a column twice, without `image_path` or rows, with a path twice,
+            or with one that leaves its folder; a label with the name of a column; below a folder, an image whose name
+            is not in UTF-8 or holds a backslash.
     """
     path = Path(path)
     if path.is_dir():
@@ -113,8 +116,9 @@ def index(path, *, root=None) -> tuple[Path, pd.DataFrame, list[str], str]:
 
 def _of_csv(path: Path, root: Path) -> tuple[pd.DataFrame, list[str], str]:
     table = _read_csv(path)
-    start = f"{os.path.abspath(root).rstrip(os.sep)}{os.sep}"
-    table["image_path"] = table["image_path"].str.removeprefix(start)
+    for place in (os.path.abspath(root), os.path.realpath(root)):  # as it is named, and as it is behind links
+        table["image_path"] = table["image_path"].str.removeprefix(f"{place.rstrip(os.sep)}{os.sep}")
+    table["image_path"] = table["image_path"].str.replace(r"^(\./+)+(?!/)", "", regex=True)  # as `find .` writes them
     missing = [name for name in manifest.COLUMNS if name not in table]
     table = table.assign(**dict.fromkeys(missing, pd.Series(pd.NA, table.index, dtype="str")))
     if "label" in table:
@@ -136,25 +140,19 @@ def _of_csv(path: Path, root: Path) -> tuple[pd.DataFrame, list[str], str]:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    """Read a manifest, ids and labels' names as text."""
+    """Read a manifest as text, what is blank as missing, and columns of numbers, or of true and false, as numbers."""
     expected = "a line of column names, image_path among them, and a row an image, separated by commas"
-    types = dict.fromkeys([*manifest.COLUMNS, "label"], str)
-    try:
-        # A label or an id may be spelt "None" or "NA": only nothing is missing.
-        table = pd.read_csv(
-            path, dtype=types, encoding="utf-8-sig", keep_default_na=False, na_values=[""], index_col=False
-        )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 ({error}); save it as a CSV in UTF-8.") from error
-    except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{path} is empty; write {expected}, or audit the folder of the images.") from error
-    except ValueError as error:  # rows of other lengths
-        raise ValueError(f"{path} is no readable CSV: {str(error).strip()}. Expected {expected}.") from error
-    if "image_path" not in table:
-        others = [name for name in (";", "\t") if any(name in column for column in table)]
-        mend = f"separate columns by commas, not by {others[0]!r}" if others else "give the column of paths this name"
-        raise ValueError(f"{path} lacks the columns ['image_path']; it has {list(table.columns)}: {mend}.")
-    return table
+    table = tables.read(path, ["image_path"], expected=expected, mend="give the column of paths this name", others=True)
+    # A label or an id may be spelt "None" or "NA": only nothing is missing.
+    table = table.mask(table == "")
+    others = table.columns.difference([*manifest.COLUMNS, "label"], sort=False)
+    return table.assign(**{name: _as_numbers(table[name]) for name in others})
+
+
+def _as_numbers(column: pd.Series) -> pd.Series:
+    """A column of text as numbers, where every cell that is not missing is one."""
+    numbers = pd.to_numeric(column.str.lower().replace({"true": "1", "false": "0"}), errors="coerce").astype(float)
+    return numbers if numbers.notna().equals(column.notna()) else column
 
 
 def _first(names: Sequence[str], count: int) -> str:
@@ -175,6 +173,7 @@ def _of_folder(root: Path) -> tuple[pd.DataFrame, list[str], str]:
     paths = [path for path in paths if path.suffix.lower() in images.SUFFIXES]
     if not paths:
         raise FileNotFoundError(f"no image under {root}; files ending in {', '.join(images.SUFFIXES)} are read.")
+    manifest.check_paths([path.as_posix() for path in paths], f"the path of an image below {root}")
     records = [(path.as_posix(), *_split_and_label(path.parts[:-1])) for path in paths]
     table = pd.DataFrame(records, columns=["image_path", "split", "label"], dtype="str")
     names = sorted(table["split"].dropna().unique())
@@ -284,7 +283,7 @@ def write(report: Report, folder) -> tuple[Path, Path]:
     """
     folder = Path(folder)
     runs.write_json(folder / "audit.json", as_dict(report))
-    with runs.whole(folder / "audit.html") as temporary:
+    with atomic.whole(folder / "audit.html") as temporary:
         temporary.write_text(page.render(report), encoding="utf-8")
     return folder / "audit.json", folder / "audit.html"
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import joblib
 import pandas as pd
 
-from kerasmed import dicom, images, paths
+from kerasmed import dicom, images, manifest, paths
 from kerasmed.manifest import SPLITS
 
 logger = logging.getLogger(__name__)
@@ -175,6 +175,8 @@ def check(system: str, root, *, jobs: int = -1) -> tuple[pd.DataFrame, pd.DataFr
             if path not in listed
         ]
     table = pd.concat(counts)[["part", "split", "class", "images"]] if counts else pd.DataFrame()
+    # A name that is not in UTF-8 is told with its bytes as \xNN: no table and no terminal takes it as it is.
+    problems = [{**row, "file": os.fsencode(row["file"]).decode(errors="backslashreplace")} for row in problems]
     return table, pd.DataFrame(problems, columns=["part", "file", "problem"])
 
 
@@ -212,6 +214,10 @@ def _why_unreadable(path: Path) -> str:
 
 def fetch(system: str, root, *, download: Callable[[str], str] | None = None) -> list[Path]:
     """Download a system's public sets with kagglehub and lay them out as the reader expects.
+
+    kagglehub compares each archive with the md5 that the server states, where it states one: what was sent is what
+    arrived. No sum of the sets themselves is published, so whether they are what they were cannot be said; here only
+    the folders and files that an archive is known by are asked for, and `check` counts and reads what they hold.
 
     Args:
         system: one of `SYSTEMS`.
@@ -265,15 +271,34 @@ def fetch(system: str, root, *, download: Callable[[str], str] | None = None) ->
 
 
 def files(folder: Path) -> Iterator[os.DirEntry]:
-    """Yield every file below a folder in sorted order, but hidden ones (`.DS_Store`, `._image1.png`)."""
+    """Yield every file below a folder in sorted order, but hidden ones (`.DS_Store`, `._image1.png`).
+
+    Links are followed, to files and to folders; one to a folder that it lies in is left out with a warning, as it would
+    lead round for ever, and one to nothing is yielded as a file.
+    """
+    yield from _files(folder, (os.path.realpath(folder),))
+
+
+def _files(folder: Path, above: tuple[str, ...]) -> Iterator[os.DirEntry]:
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                yield from files(Path(entry.path))
-            else:
+            if not _is_folder(entry):
                 yield entry
+                continue
+            place = os.path.realpath(entry.path) if entry.is_symlink() else f"{above[-1]}/{entry.name}"
+            if place in above:
+                logger.warning("%s is a link to a folder that it lies in (%s) and was left out", entry.path, place)
+                continue
+            yield from _files(Path(entry.path), (*above, place))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say: decoding says what is wrong with it
+        return False
 
 
 def image_files(path) -> tuple[Path, list[str]]:
@@ -287,16 +312,19 @@ def image_files(path) -> tuple[Path, list[str]]:
 
     Raises:
         FileNotFoundError: no such path, or no image below it.
+        ValueError: an image below the folder whose name is not in UTF-8 or holds a backslash.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; name an image file or a folder of images.")
     if not path.is_dir():
+        manifest.check_paths([path.name], "the name of the image")
         return path.parent, [path.name]
     names, others = [], []
     for entry in map(Path, files(path)):
         is_image = entry.suffix.lower() in images.SUFFIXES or (entry.is_file() and dicom.is_dicom(entry))
         (names if is_image else others).append(entry.relative_to(path).as_posix())
+    manifest.check_paths(names, f"the path of an image below {path}")
     if not names:
         raise FileNotFoundError(
             f"no image under {path}; files ending in {', '.join(images.SUFFIXES)}, and DICOM of any name, are read."
@@ -317,7 +345,31 @@ def fingerprint(system: str, source: Source) -> str:
         path = os.path.relpath(entry.path, source.root)
         try:
             state = entry.stat()
-            digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n"))
         except OSError:  # a link to nothing: decoding names it
-            digest.update(f"{path}\0unreadable\n".encode())
+            digest.update(os.fsencode(f"{path}\0unreadable\n"))
     return digest.hexdigest()[:16]
+
+
+def refuse_changed(system: str, source: Source, told: str) -> None:
+    """Raise where a system's data are not those of a fingerprint any more.
+
+    Called when a run has read all that it learns from, so that no figure is filed under other data than it is of: what
+    changes later is not read again. It looks at every file once more, as `fingerprint`. A file that was changed and put
+    back with its size and time in between is not noticed here; `pipelines.decode` and `series.convert` look at each
+    file's state when they have read it.
+
+    Args:
+        system: one of `SYSTEMS`.
+        source: from `locate`.
+        told: from `fingerprint`, before anything was read.
+
+    Raises:
+        RuntimeError: they have changed.
+    """
+    now = fingerprint(system, source)
+    if now != told:
+        raise RuntimeError(
+            f"the {system} data under {source.root} have changed since this run began (fingerprint {now}, then "
+            f"{told}), so it cannot say which it is of; give the command again when nothing writes to them."
+        )

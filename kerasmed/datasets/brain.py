@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kerasmed import images, manifest
+from kerasmed import images, manifest, tables
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +70,14 @@ def read(root, task: str) -> pd.DataFrame:
         raise ValueError(f"task {task!r} is unknown; known are {', '.join(TASKS)}.")
     home = part_folder(root, task)
     class_names = CLASS_NAMES[task]
-    records, ignored = [], []
+    records, ignored = [], _list_others(root, home)
     for split in PUBLISHED_SPLITS:
         if not (home / split).is_dir():
             continue
-        for class_folder in sorted(path for path in (home / split).iterdir() if path.is_dir() and path.name[0] != "."):
+        for class_folder in sorted(path for path in (home / split).iterdir() if path.name[0] != "."):
+            if not class_folder.is_dir():
+                ignored.append(class_folder.relative_to(root).as_posix())
+                continue
             if class_folder.name not in class_names:
                 raise ValueError(
                     f"{split}/{class_folder.name} in {home} is no class of {task}; rename it to one of "
@@ -87,12 +90,15 @@ def read(root, task: str) -> pd.DataFrame:
                     ignored.append(path.relative_to(root).as_posix())
                     continue
                 records.append((path.relative_to(root).as_posix(), split, class_folder.name))
+    manifest.check_paths([path for path, _, _ in records], f"the path of a file below {home}")
     if not records:
         raise FileNotFoundError(
             f"no images of {task} under {home}; expected {LAYOUT}. Without them leave it out of `tasks`."
         )
     if ignored:
-        logger.warning("%d entries are no images by their suffix and were left out: %s", len(ignored), ignored[:5])
+        logger.warning(
+            "%d entries are no images by their suffix, or no split, and were left out: %s", len(ignored), ignored[:5]
+        )
     frame = pd.DataFrame(records, columns=["image_path", "split", "label"])
     empty = [name for name in class_names if name not in set(frame["label"])]
     if empty:
@@ -108,13 +114,18 @@ def read(root, task: str) -> pd.DataFrame:
     return manifest.validate(frame, class_names, exclusive=EXCLUSIVE)
 
 
+def _list_others(root, home: Path) -> list[str]:
+    """List what lies beside the folders of the splits and belongs to nothing, such as "Test" for "test"."""
+    known = {*PUBLISHED_SPLITS, *TABLES}
+    names = sorted(path.name for path in home.iterdir()) if home.is_dir() else []
+    start = home.relative_to(root).as_posix()
+    return [f"{start}/{name}" for name in names if name not in known and name[0] != "."]
+
+
 def _patients(path: Path, image_paths: pd.Series) -> pd.Series:
     """Look up each image's patient; paths in the file are relative to the file's folder."""
-    table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False)
-    missing_columns = {"image_path", "patient_id"} - set(table.columns)
-    if missing_columns:
-        raise ValueError(f"{path} lacks the columns {sorted(missing_columns)}; it has {list(table.columns)}.")
-    table = table[["image_path", "patient_id"]].drop_duplicates()
+    expected = "the columns image_path and patient_id, and a row an image"
+    table = tables.read(path, ("image_path", "patient_id"), expected=expected).drop_duplicates()
     twice = table["image_path"].duplicated()
     if twice.any():
         raise ValueError(
@@ -123,6 +134,11 @@ def _patients(path: Path, image_paths: pd.Series) -> pd.Series:
         )
     prefix = "/".join(Path(image_paths.iloc[0]).parts[:2])
     patient = image_paths.map({f"{prefix}/{row.image_path}": row.patient_id for row in table.itertuples()})
+    surplus = table[~(f"{prefix}/" + table["image_path"]).isin(image_paths)]["image_path"]
+    if len(surplus):
+        logger.warning(
+            "%d images of %s are not there and were left out: %s", len(surplus), path, surplus.head(3).tolist()
+        )
     unknown = patient.isna() | (patient == "")
     if unknown.any():
         raise ValueError(

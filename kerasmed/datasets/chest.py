@@ -8,17 +8,17 @@ of the findings exist, on 880 test images. Older tables write ages as 058Y, 013M
 Source: Wang et al. 2017, arXiv:1705.02315.
 """
 
-import csv
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from kerasmed import images, manifest
+from kerasmed import images, manifest, tables
 
 logger = logging.getLogger(__name__)
 
@@ -273,30 +273,22 @@ def _find_entries(home: Path) -> list[Path]:
 
 def _read_cells(path: Path, spellings: dict, also: Sequence[int] = ()) -> pd.DataFrame:
     """Read a CSV's named columns, and those at the positions `also`, as text; rows without any text are left out."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            header = [name.strip() for name in next(csv.reader(file), [])]
-        places = {key: [header.index(name) for name in names if name in header] for key, names in spellings.items()}
-        missing = [" or ".join(spellings[key]) for key, found in places.items() if not found]
-        if missing:
-            raise ValueError(f"it lacks the columns {missing}; it has {header}")
-        places = {key: found[0] for key, found in places.items()} | {place: place for place in also}
-        # By place and without the header: rows may have more cells than it, and pandas would take the first as index.
-        cells = pd.read_csv(
-            path,
-            header=None,
-            skiprows=1,
-            names=range(max(places.values()) + 1),
-            usecols=list(places.values()),
-            dtype=str,
-            na_filter=False,
-            index_col=False,
-            encoding="utf-8-sig",
-        )
-    except ValueError as error:  # not UTF-8, or columns missing
-        raise ValueError(f"{path} is no table of this set: {error}.") from error
-    cells = cells.rename(columns={place: key for key, place in places.items()})[list(places)]
+    expected = f"the columns {', '.join(' or '.join(names) for names in spellings.values())}"
+    header, rows = tables.read_rows(path, expected=expected)
+    known = {
+        key: next((name for name in names if name in header), " or ".join(names)) for key, names in spellings.items()
+    }
+    tables.check_columns(path, header, list(known.values()))
+    places = {key: header.index(name) for key, name in known.items()} | {place: place for place in also}
+    # A name or number that has a comma and no quotes is two cells: most rows, not the header, show how many there are.
+    ((most, _),) = Counter(map(len, rows)).most_common(1) or [(0, 0)]
+    fewest = max(places.values()) + 1
+    tables.check_widths(path, rows, fewest, max(fewest, most))
+    cells = {key: [row[place] for row in rows] for key, place in places.items()}
+    for key, name in known.items():
+        tables.check_length(path, name, cells[key])
     cells["image"] = [name.strip() for name in cells["image"]]
+    cells = pd.DataFrame({key: pd.array(values, dtype="str") for key, values in cells.items()})
     unnamed = cells[cells["image"] == ""]
     if len(unnamed):
         filled = unnamed.apply(lambda column: column.str.strip() != "").any(axis=1)
@@ -419,7 +411,8 @@ def _read_splits(home: Path, table: Path, names: Sequence[str]) -> list[str]:
                 f"{home / name} is absent; the official split wants {' and '.join(LISTS.values())} beside "
                 f"{table.name}. Both come with the set: {SOURCES['frontal'][0]}."
             )
-        listed[split] = {line.strip() for line in (home / name).read_text(encoding="utf-8-sig").splitlines()} - {""}
+        text = tables.read_text(home / name, expected="the name of an image in each line")
+        listed[split] = {line.strip() for line in text.splitlines()} - {""}
     train, test = listed["train"], listed["test"]
     both = sorted(train & test)
     if both:

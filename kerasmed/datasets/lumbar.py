@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kerasmed import manifest
+from kerasmed import manifest, tables
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ _TOLD = [f"p_{grade}" for grade in GRADES]
 _SUBMITTED = ["normal_mild", "moderate", "severe"]  # the same grades, as a submission spells them
 # Two decimals can be 0.01 off in sum; the rest is for their binary form.
 _SLACK = 0.01 + 1e-9
+_MOST_DIGITS = 18  # of what must fit 64 bits
 
 
 def folder(root) -> Path | None:
@@ -133,8 +134,10 @@ def read(root, part: str = PART) -> pd.DataFrame:
     start = (home / _IMAGES).relative_to(root).as_posix()
     places = start + "/" + table["study_id"] + "/" + table["series_id"]
     files = [found[key] for key in zip(table["study_id"], table["series_id"])]
+    image_paths = [f"{place}/{names[len(names) // 2]}" for place, names in zip(places, files)]
+    manifest.check_paths(image_paths)
     table = table.assign(
-        image_path=[f"{place}/{names[len(names) // 2]}" for place, names in zip(places, files)],
+        image_path=image_paths,
         patient_id=table["study_id"],
         group_id=table["study_id"],
         split="train",
@@ -214,8 +217,11 @@ def read_coordinates(root) -> pd.DataFrame:
         numbers = pd.to_numeric(table[name], errors="coerce")
         _refuse(path, table, name, ~np.isfinite(numbers), "a number")
         table[name] = numbers.astype(float)
+    too_large = table["instance_number"].str.len() > _MOST_DIGITS
+    _refuse(path, table, "instance_number", too_large, f"a number of at most {_MOST_DIGITS} digits")
     parts = [names[name] for name in table["condition"]]
-    table["condition"], table["side"] = [condition for condition, _ in parts], [side for _, side in parts]
+    for column, values in (("condition", [name for name, _ in parts]), ("side", [side for _, side in parts])):
+        table[column] = pd.array(values, dtype="str")
     table["level"] = table["level"].map(levels)
     table["instance_number"] = table["instance_number"].astype(int)
     return table[["study_id", "series_id", "instance_number", "condition", "side", "level", "x", "y"]]
@@ -451,11 +457,8 @@ def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Read some columns of a CSV as text, whatever their order; others are left alone."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is absent; expected {LAYOUT}.")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    absent = [name for name in columns if name not in table.columns]
-    if absent:
-        raise ValueError(f"{path} lacks the columns {absent[:3]}; it has {list(table.columns)[:5]}. Restore the file.")
-    return table[list(columns)]
+    names = [*columns[:3], "…"] if len(columns) > 7 else columns
+    return tables.read(path, columns, expected=f"the columns {', '.join(names)}")
 
 
 def _refuse_ids(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> None:

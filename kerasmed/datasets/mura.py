@@ -47,6 +47,7 @@ _PATIENT = re.compile(r"patient[0-9]+")
 _STUDY = re.compile(r"study[0-9]+_(?:positive|negative)")
 _is_study = functools.lru_cache(maxsize=1024)(_STUDY.fullmatch)  # the same few names in all patients
 _DIGITS = re.compile(r"[0-9]+")
+_LINK = "{} is a link to a folder that is not there; restore that folder, or remove the link."
 
 
 def folder(root) -> Path | None:
@@ -101,14 +102,16 @@ def read(root, part: str = PART) -> pd.DataFrame:
     studies = [place.partition("/")[2] for place in unlabelled]
     abnormal = np.array([study.endswith("_positive") for study in levels[3::4]], dtype=float)
     rows = np.repeat(np.arange(len(places)), [len(images) for images in found])
+    start = home.relative_to(root).as_posix()
+    image_paths = [f"{start}/{place}/{image}" for place, images in zip(places, found) for image in images]
+    manifest.check_paths(image_paths, f"the path of an image below {home}")
     splits, body_parts, patients, studies = (
         pd.array(np.array(texts, dtype=object), dtype="str").take(rows)
         for texts in (splits, body_parts, patients, studies)
     )
-    start = home.relative_to(root).as_posix()
     table = pd.DataFrame(
         {
-            "image_path": [f"{start}/{place}/{image}" for place, images in zip(places, found) for image in images],
+            "image_path": image_paths,
             "patient_id": patients,
             "study_id": studies,
             "group_id": patients,
@@ -137,6 +140,8 @@ def _walk(home: Path) -> tuple[list[str], list[str]]:
                         entries.append("/".join(os.listdir(f"{home}/{place}")))
                     except NotADirectoryError:
                         continue
+                    except FileNotFoundError as error:
+                        raise FileNotFoundError(_LINK.format(f"{home}/{place}")) from error
                     places.append(place)
     if misfits:
         raise ValueError(
@@ -153,6 +158,8 @@ def _list(path: str, fits: Callable, misfits: list[str]) -> list[str]:
         names = os.listdir(path)
     except NotADirectoryError:
         return []
+    except FileNotFoundError as error:
+        raise FileNotFoundError(_LINK.format(path)) from error
     fitting = [name for name in names if fits(name)]
     if len(fitting) < len(names):
         others = [f"{path}/{name}" for name in names if name[0] != "." and not fits(name)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kerasmed import images, manifest
+from kerasmed import images, manifest, tables
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ def read(root, part: str = "scans") -> pd.DataFrame:
     frames, ignored = [], []
     for split, folder_name in FOLDERS.items():
         present, others = _list_images(home / folder_name)
+        manifest.check_paths(sorted(present), f"the name of a file in {home / folder_name}")
         ignored += [f"tritask/{folder_name}/{name}" for name in others]
         if split in LABEL_TABLES:
             if not present:
@@ -257,17 +258,9 @@ def _read_unlabelled(path: Path, names, present: set[str]) -> pd.DataFrame:
 
 
 def _read_table(path: Path, names) -> pd.DataFrame:
-    """Read a CSV as text, without spaces round the cells and without empty rows, and check its columns and ids."""
-    try:
-        table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, index_col=False)
-    except ValueError as error:  # not UTF-8, no columns, or rows of other lengths
-        raise ValueError(f"{path} is no readable CSV: {error}. Expected the columns id, {', '.join(names)}.") from error
-    table = table.rename(columns=str.strip)
-    missing = [name for name in ("id", *names) if name not in table.columns]
-    if missing:
-        raise ValueError(f"{path} lacks the columns {missing}; it has {list(table.columns)}.")
-    table = table.fillna("").apply(lambda column: column.str.strip())
-    table = table[(table != "").any(axis=1)].reset_index(drop=True)
+    """Read a CSV as text and check its columns and ids."""
+    expected = f"the columns id, {', '.join(names)}"
+    table = tables.read(path, ("id", *names), expected=expected, others=True)
     blank = table["id"] == ""
     if blank.any():
         raise ValueError(

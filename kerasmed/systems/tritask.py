@@ -23,6 +23,7 @@ from kerasmed import (
     classifiers,
     datasets,
     environment,
+    export,
     images,
     losses,
     models,
@@ -30,7 +31,9 @@ from kerasmed import (
     pipelines,
     predictions,
     runs,
+    saved_models,
     scan_networks,
+    seals,
     splits,
     training,
 )
@@ -282,7 +285,7 @@ def train(variant: Variant, store: pipelines.Store, *, run: Path) -> Trained:
         run: the run folder; the training goes to `variants/<name>`.
     """
     config, folder = variant.config, runs.variant_folder(run, variant.name)
-    if not (folder / "predictions.csv").exists():
+    if not seals.is_sealed(folder):
         environment.fresh(config.seed)
         store = deduplicate(config, store)
         model, receipt = build_model(config, variant.network)
@@ -293,6 +296,7 @@ def train(variant: Variant, store: pipelines.Store, *, run: Path) -> Trained:
         told = model.predict(pipelines.evaluation_dataset(store.images, np.arange(len(store.manifest))), verbose=0)
         table = predictions.tabulate(store.manifest, told, CLASS_NAMES, variant=variant.name)
         runs.write_table(folder / "predictions.csv", table)
+        seals.seal(folder)
     # Read from the file in any case, so that a resumed run has the very numbers of an undisturbed one.
     history, table = pd.read_csv(folder / "history.csv"), predictions.read(folder / "predictions.csv")
     return Trained(variant.name, folder.name, history, table)
@@ -398,9 +402,25 @@ def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
         file could not be read).
     """
     params, chosen = runs.read_json(run / "params.json"), runs.read_json(run / "thresholds.json")
-    loaded = [(keras.saving.load_model(run / "model.keras"), CLASS_NAMES)]
+    loaded = [(saved_models.read(run / "model.keras"), CLASS_NAMES)]
     table = pipelines.predict_files(path, loaded, **pipelines.decode_options(params), progress=progress)
     for name in CLASS_NAMES:
         decided = (table[f"p_{name}"] >= chosen["thresholds"][name]).astype("Int64")
         table[name] = decided.mask(table["error"] != "")
     return table
+
+
+def exported_networks(run: Path) -> list[export.Network]:
+    """Describe the network that a run chose, for `kerasmed export`."""
+    params, chosen = runs.read_json(run / "params.json"), runs.read_json(run / "thresholds.json")
+    return [
+        export.Network(
+            "model",
+            ("model.keras",),
+            lambda: saved_models.read(run / "model.keras"),
+            CLASS_NAMES,
+            "each a probability by itself; a label is present where it reaches its threshold",
+            chosen["thresholds"],
+            export.read_options(params),
+        )
+    ]

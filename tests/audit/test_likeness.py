@@ -291,6 +291,7 @@ CHEST_RATES = """
 """
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["uniform", "as of radiographs"])
 def test_hash_pairs_of_112120_take_less_than_6_seconds(kind, rng):

@@ -159,6 +159,28 @@ def test_index_of_a_file_that_is_no_such_csv_names_it_and_the_mend(tmp_path, con
         audit.index(tmp_path / "m.csv")
 
 
+def test_index_of_a_manifest_does_not_count_spaces_and_takes_true_for_1(tmp_path):
+    (tmp_path / "m.csv").write_text(", image_path , split ,ill,name\n0,./x/a.png, train , True ,5\n1,b.png,,FALSE,x\n")
+    _, table, class_names, taken = audit.index(tmp_path / "m.csv")
+    assert class_names == ["ill"] and table["ill"].tolist() == [1.0, 0.0]
+    assert table["image_path"].tolist() == ["x/a.png", "b.png"]
+    assert taken == "labels: ill; splits: train; left alone: name"
+
+
+def test_index_of_a_manifest_below_a_linked_root_takes_both_names_of_it(tmp_path):
+    _touch(tmp_path, "disk/a.png", "disk/b.png")
+    (tmp_path / "set").symlink_to("disk")
+    csv = tmp_path / "m.csv"
+    csv.write_text(f"image_path\n{tmp_path}/disk/a.png\n{tmp_path}/set/b.png\n")
+    assert audit.index(csv, root=tmp_path / "set")[1]["image_path"].tolist() == ["a.png", "b.png"]
+
+
+def test_index_of_a_folder_with_a_name_that_cannot_be_told_is_refused(tmp_path):
+    _touch(tmp_path, "a.png", "train\\ill\\b.png")
+    with pytest.raises(ValueError, match="the path of an image below .* has backslashes in 1 of 2 rows"):
+        audit.index(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -169,6 +191,10 @@ def test_index_of_a_file_that_is_no_such_csv_names_it_and_the_mend(tmp_path, con
         ("image_path\n../a.png\n", "leaves the data root"),
         ("image_path\n/etc/a.png\n", "leaves the data root"),
         ("image_path,label\na.png,split\n", r"labels \['split'\] have the names of columns"),
+        ("image_path,label,label\na.png,x,y\n", r"has the columns \['label'\] twice; rename or remove one"),
+        ("image_path,label\na.png,x\nb.png\n", r"1 of 2 rows have fewer than 2 cells, or more than 2 .line 3 has 1"),
+        ("image_path\na.png\n./a.png\n", "image_path is not unique"),
+        ("image_path\nx\\a.png\n", "has backslashes in 1 of 1 rows: write '/' between folders"),
     ],
 )
 def test_index_of_a_manifest_that_cannot_be_used_is_refused(tmp_path, text, message):
@@ -320,6 +346,7 @@ def test_examine_counts_the_copies_in_the_real_brain_sets(real_data, examined):
     assert len(report.groups()) >= 75
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_examine_of_all_7991_real_slices_takes_less_than_90_seconds_after_decoding(real_data, examined):
     examined(real_data / "brain")  # decodes

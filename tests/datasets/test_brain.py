@@ -50,6 +50,25 @@ def test_read_patients_csv_gives_groups(brain_root):
         brain.read(brain_root, "alzheimer")
 
 
+def test_read_patients_csv_of_images_that_are_not_there_is_counted(brain_root, caplog):
+    home = brain_root / "brain/alzheimer"
+    lines = [f"{path.relative_to(home).as_posix()},P{number}" for number, path in enumerate(home.rglob("*.jpg"))]
+    (home / "patients.csv").write_text("\n".join(["image_path,patient_id", *lines, "train/gone.jpg,P0"]))
+    assert len(brain.read(brain_root, "alzheimer")) == 48
+    assert "1 images of" in caplog.text and "are not there and were left out: ['train/gone.jpg']" in caplog.text
+    (home / "patients.csv").write_bytes(b"image_path,patient_id\n\xe4,P0\n")
+    with pytest.raises(ValueError, match="patients.csv is not in UTF-8 .byte 0xe4 in line 2"):
+        brain.read(brain_root, "alzheimer")
+
+
+def test_read_what_lies_beside_splits_and_classes_is_counted(brain_root, caplog):
+    (brain_root / "brain/alzheimer/Test").mkdir()
+    (brain_root / "brain/alzheimer/train/loose.jpg").touch()
+    assert len(brain.read(brain_root, "alzheimer")) == 48
+    assert "2 entries are no images by their suffix, or no split, and were left out" in caplog.text
+    assert "'brain/alzheimer/Test', 'brain/alzheimer/train/loose.jpg'" in caplog.text
+
+
 def test_read_unknown_class_folder_is_refused(brain_root):
     (brain_root / "brain/alzheimer/train/Mild").mkdir()
     with pytest.raises(ValueError, match="train/Mild in .* is no class of alzheimer; rename it to one of NonDemented"):

@@ -281,10 +281,41 @@ def test_read_table_columns_that_do_not_fit_are_refused(root):
         ValueError, match=r"lacks the columns \['Finding Labels', 'Patient Gender or Patient Sex'\]; it has \['Image In"
     ):
         chest.read_table(root)
-    for content in (b"", b"\xff\xfe\x00"):
+    for content, message in ((b"", "is empty; write the columns Image Index, "), (b"\xff\xfe\x00", "is not in UTF-8")):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="Data_Entry_2017_v2020.csv is no table of this set: "):
+        with pytest.raises(ValueError, match=f"Data_Entry_2017_v2020.csv {message}"):
             chest.read_table(root)
+    path.write_text(text.replace("Patient Age", "Patient ID"))
+    with pytest.raises(ValueError, match=r"lacks the columns \['Patient Age'\]"):
+        chest.read_table(root)
+    path.write_text(text.replace("View Position,", "View Position,Patient ID,"))
+    with pytest.raises(ValueError, match=r"has the columns \['Patient ID'\] twice; rename or remove one"):
+        chest.read_table(root)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (",58,M,PA,2500,2048,0.168,0.168", ",58", "2 of 6 rows have fewer than 7 cells, or more than 11 .line 3 has 5"),
+        (
+            ",58,M,PA",
+            ",57,5,M,PA",
+            "2 of 6 rows have .*, or more than 11 .line 3 has 12, line 4 has 12.. Complete a row",
+        ),
+        ("60,M,AP", f"{'6' * 1001},M,AP", "line 2: a cell of 1,001 characters in column Patient Age"),
+    ],
+)
+def test_read_table_rows_that_are_cut_or_shifted_are_refused_by_line(root, old, new, message):
+    path = root / "chest/Data_Entry_2017_v2020.csv"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=f"Data_Entry_2017_v2020.csv.*{message}"):
+        chest.read_table(root)
+
+
+def test_read_table_lists_that_are_no_text_are_refused(root):
+    (root / "chest/test_list.txt").write_bytes("Schädel.png".encode("latin-1"))
+    with pytest.raises(ValueError, match="test_list.txt is not in UTF-8 .byte 0xe4 in line 1.; save it"):
+        chest.read_table(root)
 
 
 def test_read_table_several_tables_are_refused(root):
@@ -400,7 +431,7 @@ def test_read_boxes_without_any_has_the_columns(root, text):
     [
         (BOXES.replace("547", "low"), r"1 boxes that are not four numbers .*First: \['00000030_000.png'\]"),
         (BOXES.replace("1.5", ""), r"1 boxes that are not .*First: \['00000030_001.png'\]"),
-        (BOXES.replace(",1020", ""), r"1 boxes that are not .*First: \['00000030_001.png'\]"),
+        (BOXES.replace(",1020", ""), "1 of 2 rows have fewer than 6 cells, .*line 3 has 5"),
         (BOXES.replace("86.75", "0").replace(",20,", ",-20,"), "2 boxes that are not .* with an area"),
         (BOXES.replace("225.5", "inf"), "1 boxes that are not"),
         (BOXES.replace("Pneumonia", "Edma"), r"Finding Label is no known finding in 1 of 2 rows .'Edma'.; known are"),
@@ -514,6 +545,7 @@ def test_read_boxes_real_lie_on_test_images(real_data, real_table):
     ]
 
 
+@pytest.mark.timed
 def test_read_table_real_takes_less_than_three_seconds(real_data, real_table):
     seconds = []
     for _ in range(2):  # a second try, as the machine may be busy

@@ -109,6 +109,41 @@ def test_fingerprint_sees_every_change_and_no_junk(brain_root):
     assert len({first, second, datasets.fingerprint("brain", source)}) == 3
 
 
+def test_files_follows_links_but_not_round_and_round(tmp_path, caplog):
+    for name in ("set/a/1.png", "set/b/2.png", "disk/3.png", "disk/deep/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    home = tmp_path / "set"
+    (home / "far").symlink_to("../disk")
+    (home / "a/up").symlink_to("..")  # 2 links round: 2 to the power of 40 files, were they followed
+    (home / "b/up").symlink_to("..")
+    (home / "gone.png").symlink_to("nowhere")
+    (home / "self.png").symlink_to("self.png")
+    found = [os.path.relpath(entry.path, home) for entry in datasets.files(home)]
+    assert found == ["a/1.png", "b/2.png", "far/3.png", "far/deep/4.png", "gone.png", "self.png"]
+    assert caplog.text.count("is a link to a folder that it lies in") == 2 and "set/b/up is a link" in caplog.text
+    (tmp_path / "elsewhere").symlink_to("set")
+    assert len(list(datasets.files(tmp_path / "elsewhere"))) == 6
+
+
+def test_names_that_are_not_in_utf_8_are_refused_or_told(brain_root):
+    odd = os.fsdecode(b"sch\xe4del.jpg")
+    (brain_root / "brain/alzheimer" / odd).touch()
+    _, problems = datasets.check("brain", brain_root, jobs=1)
+    assert problems["file"].tolist() == [r"brain/alzheimer/sch\xe4del.jpg"]
+    before = datasets.fingerprint("brain", datasets.Source(brain_root, "real"))
+    (brain_root / "brain/alzheimer" / odd).write_bytes(b"x")
+    assert datasets.fingerprint("brain", datasets.Source(brain_root, "real")) != before
+    for name in ("alzheimer/train/MildDemented", "brain_tumor"):
+        with pytest.raises(ValueError, match=r"an image below .* is not in UTF-8 in 1 of .*'.*sch\\udce4del.jpg'"):
+            (brain_root / "brain" / name / odd).touch()
+            datasets.image_files(brain_root / "brain" / name)
+    with pytest.raises(ValueError, match="the name of the image is not in UTF-8"):
+        datasets.image_files(brain_root / "brain/alzheimer" / odd)
+    with pytest.raises(ValueError, match="the path of a file below .*alzheimer is not in UTF-8 in 1 of 49 rows"):
+        brain.read(brain_root, "alzheimer")
+
+
 def test_check_counts_and_names_what_is_wrong(brain_root):
     counts, problems = datasets.check("brain", brain_root)
     assert counts["images"].sum() == 96 and problems.empty
@@ -292,3 +327,12 @@ def test_image_files_without_an_image_is_refused(tmp_path):
         datasets.image_files(tmp_path)
     with pytest.raises(FileNotFoundError, match="absent does not exist"):
         datasets.image_files(tmp_path / "absent")
+
+
+def test_refuse_changed_raises_once_a_file_is_another(brain_root):
+    source = datasets.Source(brain_root, "real")
+    told = datasets.fingerprint("brain", source)
+    datasets.refuse_changed("brain", source, told)
+    next((brain_root / "brain").rglob("*.jpg")).unlink()
+    with pytest.raises(RuntimeError, match=f"the brain data under {brain_root} have changed since .*then {told}"):
+        datasets.refuse_changed("brain", source, told)

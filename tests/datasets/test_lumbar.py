@@ -171,6 +171,8 @@ def test_read_partial_download_keeps_what_is_there(root, caplog):
         ("train.csv", "study_id", "id", r"train.csv lacks the columns \['study_id'\]"),
         ("train_series_descriptions.csv", "Sagittal T1", "T1", r"column series_description: 1 of 6 .*row 6: 'T1'"),
         ("train_series_descriptions.csv", "12,31", "12,5", r"study_id and series_id twice 1 times.*row 3: 12/5"),
+        ("train.csv", "study_id", "\0", "train.csv has 1 NUL bytes, the first in line 1"),
+        ("train_series_descriptions.csv", "12,31,", "12,31;", "train_series_descriptions.csv .*1 of 6 rows have fewer"),
     ],
 )
 def test_read_wrong_tables_are_refused_by_row(root, name, old, new, message):
@@ -266,6 +268,12 @@ def test_read_coordinates_spells_places_as_the_targets_do(root):
         ("L1/L2", "L0/L1", "column level: 1 of 3 .*row 3: 'L0/L1'"),
         ("32.5", "", "column x: 1 of 3 values are not a number.*row 2: ''"),
         ("12,31,4", "12,31,4.5", "column instance_number: 1 of 3 values are not a whole number"),
+        (
+            "12,31,4",
+            f"12,31,4{'0' * 18}",
+            "column instance_number: 1 of 3 values are not a number of at most 18 digits",
+        ),
+        ("12,31,4", "12,31", "train_label_coordinates.csv .*1 of 3 rows have fewer than 7 cells"),
     ],
 )
 def test_read_coordinates_wrong_rows_are_refused(root, old, new, message):
@@ -443,6 +451,7 @@ def test_fetch_is_refused_with_the_page(tmp_path):
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_read_whole_set_takes_seconds(tmp_path):
     """1,975 studies of 6,294 series of 23 slices, empty: 4.5 s leaves room for a slow disk, headers read would not."""

@@ -186,6 +186,15 @@ def test_read_folders_that_do_not_fit_are_refused(root, folders, message):
         mura.read(root)
 
 
+@pytest.mark.parametrize("place", ["patient00099", "patient00099/study1_positive"])
+def test_read_links_to_folders_that_are_not_there_are_refused(root, place):
+    path = root / "mura/MURA-v1.1/train/XR_ELBOW" / place
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=f"{place} is a link to a folder that is not there; restore"):
+        mura.read(root)
+
+
 def test_read_studies_of_both_labels_are_refused(root):
     for file in (FILES[0], FILES[4], *FILES[5:8]):
         swapped = re.sub("positive|negative", lambda found: "negative" if found[0] == "positive" else "positive", file)
@@ -283,6 +292,7 @@ def whole_tree(tmp_path_factory):
     return root
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_read_whole_tree_counts(whole_tree):
     frame = mura.read(whole_tree)
@@ -295,11 +305,13 @@ def test_read_whole_tree_counts(whole_tree):
     assert (len(frame), frame["study_id"].nunique(), frame["patient_id"].nunique()) == (40_561, 14_863, 12_173)
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_read_whole_tree_takes_no_longer_than_walking_it(whole_tree):
     assert _ratio(mura.read, whole_tree) <= 1
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_read_and_study_table_take_no_longer_than_walking(whole_tree):
     from kerasmed import studies

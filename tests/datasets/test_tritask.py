@@ -98,7 +98,7 @@ def test_read_leaves_junk_out_and_says_so(root, caplog):
     ("text", "message"),
     [
         ("id,label1,label3\n0a.png,1,1\n", r"train_labels.csv lacks the columns \['label2'\]; it has \['id', 'label1'"),
-        ("", "train_labels.csv is no readable CSV: No columns.* Expected the columns id, label1, label2, label3"),
+        ("", "train_labels.csv is empty; write the columns id, label1, label2, label3"),
         ("id,label1,label2,label3\n0a.png,1,1,1\n0b.png,0,0,0,0,0\n", "train_labels.csv is no readable CSV: .*line 3"),
         ("id,label1,label2,label3\n0a.png,1,1,1\n0b.png,0,0,0\n0a.png,1,0,0\n", r"1 rows whose id is given before"),
         ("id,label1,label2,label3\n0a,1,1,1\n0b.png,0,0,0\n0a.png,1,0,0\n", r"First: \['0a.png'\]"),
@@ -107,7 +107,12 @@ def test_read_leaves_junk_out_and_says_so(root, caplog):
             "id,label1,label2,label3\n0a.png,1,1,1\n0b.png,0,2,no\n0c.png,1,1,1\n",
             "First: 0b.png label2 '2', 0b.png",
         ),
-        ("id,label1,label2,label3\n0a.png,1,1,1\n0b.png,0,,0\n0c.png,1,1\n", "2 blank labels; .*First: 0b.png label2"),
+        ("id,label1,label2,label3\n0a.png,1,1,1\n0b.png,0,,0\n0c.png,1,1,\n", "2 blank labels; .*First: 0b.png label2"),
+        (
+            "id,label1,label2,label3\n0a.png,1,1,1\n0c.png,1,1\n",
+            "train_labels.csv .*1 of 2 rows have fewer than 4 cells",
+        ),
+        ("id,label1,label1,label2,label3\n0a.png,0,1,1,1\n", r"has the columns \['label1'\] twice; rename or remove"),
         ("id,label1,label2,label3\n,1,1,1\n0b.png,0,1,0\n", r"1 rows without an id; .*First rows: \[1\]"),
         ("id,label1,label2,label3\n0c.png,1,1,1\n", r"no row for 2 of 3 images .*First: \['0a.png', '0b.png'\]"),
     ],

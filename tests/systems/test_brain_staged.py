@@ -600,7 +600,7 @@ def test_assemble_takes_the_models_and_the_threshold_of_the_first_fold(store, tm
         task: [SimpleNamespace(folder=f"{task}-compact-fold{number}") for number in (1, 2)] for task in (*STAGES, FLAT)
     }
     made = []
-    monkeypatch.setattr(staged.keras.saving, "load_model", lambda path: path.relative_to(tmp_path).as_posix())
+    monkeypatch.setattr(staged.saved_models, "read", lambda path: path.relative_to(tmp_path).as_posix())
 
     class Written(SimpleNamespace):
         def save(self, folder):

@@ -393,6 +393,38 @@ def test_predict_with_a_run_of_another_notebook_says_what_is_absent(made, tmp_pa
         lumbar.predict(tmp_path, made.home, progress=False)
 
 
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_export_compares_both_networks_on_series_of_the_test_studies(made, root, tmp_path):
+    pytest.importorskip("tf2onnx")
+    run = tmp_path / made.run.name
+    shutil.copytree(made.run, run)
+    ids = made.cases.found.studies["study_id"]
+    rows = pd.DataFrame({"image_path": "", "patient_id": "", "study_id": ids, "group_id": ids, "split": "train"})
+    rows.loc[made.cases.part.asked, "split"] = "test"
+    runs.write_table(run / "split.csv", rows)
+    hashes = {path.relative_to(run).as_posix(): runs.file_hash(path) for path in run.rglob("*.keras")}
+    runs.write_json(run / "metrics.json", {"headline": [], "rows": [], "weights": hashes})
+    result = CliRunner().invoke(main, ["export", str(run), "--format", "onnx", "--data-root", str(root)])
+    assert result.exit_code == 0, result.output
+    parity = {each["network"]: each for each in runs.read_json(run / "export/onnx/parity.json")["networks"]}
+    assert set(parity) == {"encoder", "model"} and parity["model"]["pixels"].startswith("series of ")
+    # The samples are what the run answered: the same studies' grades, in the order of the studies.
+    assert f"in this order, {', '.join(shared.TARGETS)}" in lumbar.exported_networks(run)[1].answer
+    samples, _ = lumbar.exported_samples(run, root)
+    told = keras.saving.load_model(run / "model.keras").predict_on_batch(samples["model"])
+    asked = rows.loc[rows["split"] == "test", "study_id"].tolist()
+    matching = [
+        study
+        for study in asked
+        for answer in told
+        if np.allclose(made.expected.loc[[f"{study}_{name}" for name in shared.TARGETS], TOLD], answer, atol=1e-5)
+    ]
+    assert len(matching) == len(told) == parity["model"]["rows"] >= 2 and set(matching) <= set(asked)
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from kerasmed import images, runs
+from kerasmed import atomic, images
 from kerasmed.datasets.brain import CLASS_NAMES
 from kerasmed.datasets.synthetic.drawing import inside, refuse_other, rotated, write_image, write_text
 
@@ -85,7 +85,7 @@ def write(
         refuse_other(target, description)
         return root
 
-    with runs.whole_folder(target) as writing:
+    with atomic.whole_folder(target) as writing:
         rows = []
         for task in CLASS_NAMES:
             rows += _write_task(writing, task, flipped, parameters)

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from kerasmed import metrics, runs
+from kerasmed import atomic, metrics
 from kerasmed.datasets.chest import BOXES, FINDINGS, LISTS, NO_FINDING
 from kerasmed.datasets.synthetic.drawing import inside, refuse_other, rotated, write_image, write_text
 
@@ -153,7 +153,7 @@ def write(
         refuse_other(target, description)
         return root
 
-    with runs.whole_folder(target) as writing:
+    with atomic.whole_folder(target) as writing:
         write_text(writing / _TABLES[header], _entries(truth, header))
         for split, name in LISTS.items():
             # The last line has no end, as in the real lists.

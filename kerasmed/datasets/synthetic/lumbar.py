@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.special import ndtr, ndtri
 from scipy.stats import rankdata
 
-from kerasmed import metrics, runs
+from kerasmed import atomic, metrics
 from kerasmed.datasets.lumbar import CONDITIONS, GRADES, LEVELS, MODALITIES, PAIRED, PLACES, TARGETS
 from kerasmed.datasets.synthetic import lumbar_drawing as drawing
 from kerasmed.datasets.synthetic import lumbar_files as files
@@ -138,7 +138,7 @@ def write(
         refuse_other(target, description)
         return root
 
-    with runs.whole_folder(target) as writing:
+    with atomic.whole_folder(target) as writing:
         tasks = [
             joblib.delayed(_write_study)(writing / "train_images", rows, grades.strength[study], parameters)
             for study, rows in series.groupby("study")

@@ -9,7 +9,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from kerasmed import metrics, runs
+from kerasmed import atomic, metrics
 from kerasmed.datasets.mura import STUDY_TYPES
 from kerasmed.datasets.synthetic.drawing import refuse_other, rotated, write_image, write_text
 
@@ -89,7 +89,7 @@ def write(
         refuse_other(target, description)
         return root
 
-    with runs.whole_folder(target) as writing:
+    with atomic.whole_folder(target) as writing:
         boxes = _write_images(writing, studies, truth, parameters)
         truth[["x", "y", "width", "height"]] = pd.DataFrame(boxes, index=truth.index).astype("Int64")
         write_text(writing / "MURA-v1.1" / ".DS_Store", _DS_STORE)

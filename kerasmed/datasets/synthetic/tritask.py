@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from kerasmed import runs
+from kerasmed import atomic
 from kerasmed.datasets.synthetic.drawing import inside, refuse_other, rotated, write_image, write_text
 from kerasmed.datasets.tritask import CLASS_NAMES, FOLDERS, LABEL_TABLES, SAMPLE
 
@@ -97,7 +97,7 @@ def write(
         refuse_other(target, description)
         return root
 
-    with runs.whole_folder(target) as writing:
+    with atomic.whole_folder(target) as writing:
         _write_images(writing, truth, parameters["seed"])
         for split, name in {**LABEL_TABLES, "test": SAMPLE}.items():
             table = truth.loc[truth["split"] == split, ["id", *NAMES]]

@@ -12,9 +12,9 @@ group, because both tasks' published test sets hold slices of patients, or copie
 """
 
 from kerasmed.systems.brain.cascade import BrainCascade
-from kerasmed.systems.brain.prediction import predict
+from kerasmed.systems.brain.prediction import exported_networks, predict
 
-__all__ = ["ALSO", "NOTEBOOK", "BrainCascade", "predict"]
+__all__ = ["ALSO", "NOTEBOOK", "BrainCascade", "exported_networks", "predict"]
 
 NOTEBOOK = "07_brain_mri"  # whose runs `predict` uses
 ALSO = ("08_brain_cascade",)  # and of these, where one is named

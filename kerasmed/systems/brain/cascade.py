@@ -20,14 +20,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from kerasmed import (
-    backbones,  # noqa: F401  registers the layers that saved models may be made of
-    gradcam,
-    images,
-    layers,  # noqa: F401
-    pipelines,
-    runs,
-)
+from kerasmed import atomic, gradcam, images, pipelines, runs, saved_models
 from kerasmed.datasets.brain import CLASS_NAMES
 
 SEVERITIES = CLASS_NAMES["alzheimer"][1:]
@@ -222,7 +215,8 @@ class BrainCascade:
         Args:
             pixels: uint8 (num_slices, height, width), each as `read` returns it; at least one.
         """
-        by_slice = {stage: self.models[stage].predict_on_batch(pixels[..., None]) for stage in STAGES}
+        # Of several devices Keras asks each the whole batch, and gives the answers one after another.
+        by_slice = {stage: self.models[stage].predict_on_batch(pixels[..., None])[: len(pixels)] for stage in STAGES}
         means = {stage: told.mean(axis=0, keepdims=True, dtype=np.float64) for stage, told in by_slice.items()}
         told = joint(means)[0]
         outcome = OUTCOMES[int(answers(means, np.array([self.threshold]))[0])]
@@ -271,7 +265,7 @@ class BrainCascade:
             os.rename(folder, folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old"))
         for aside in folder.parent.glob(f".{folder.name}.*.old"):
             shutil.rmtree(aside, ignore_errors=True)
-        with runs.whole_folder(folder) as writing:
+        with atomic.whole_folder(folder) as writing:
             for stage, model in self.models.items():
                 runs.write_model(writing / f"{stage}.keras", model)
             runs.write_json(writing / _ABOUT, content)
@@ -298,5 +292,5 @@ class BrainCascade:
         gone = [stage for stage in STAGES if not (folder / f"{stage}.keras").exists()]
         if gone:
             raise FileNotFoundError(f"{folder} lacks the models of {', '.join(gone)}; make the cascade anew.")
-        models = {stage: keras.saving.load_model(folder / f"{stage}.keras") for stage in STAGES}
+        models = {stage: saved_models.read(folder / f"{stage}.keras") for stage in STAGES}
         return cls(models, content["threshold"], content["read"], content["about"])

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import pipelines, runs
+from kerasmed import export, pipelines, runs, saved_models
 from kerasmed.datasets.brain import CLASS_NAMES
 from kerasmed.systems.brain import cascade
 
@@ -30,7 +29,7 @@ def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
         return _predict_outcomes(cascade.BrainCascade.load(run / "cascade"), path, progress=progress)
     params = runs.read_json(run / "params.json")
     tasks = params["tasks"]
-    loaded = [(keras.saving.load_model(run / f"model-{task}.keras"), CLASS_NAMES[task]) for task in tasks]
+    loaded = [(saved_models.read(run / f"model-{task}.keras"), CLASS_NAMES[task]) for task in tasks]
     table = pipelines.predict_files(path, loaded, **pipelines.decode_options(params), progress=progress)
     for task in tasks:
         probabilities = table[[f"p_{name}" for name in CLASS_NAMES[task]]]
@@ -58,3 +57,39 @@ def _predict_outcomes(reader: cascade.BrainCascade, path, *, progress: bool) -> 
         ],
         axis=1,
     )
+
+
+def exported_networks(run: Path) -> list[export.Network]:
+    """Describe the networks of a run of either notebook, for `kerasmed export`: one a task, or one a stage."""
+    if not (run / "cascade").is_dir():
+        params = runs.read_json(run / "params.json")
+        return [
+            export.Network(
+                f"model-{task}",
+                (f"model-{task}.keras",),
+                lambda task=task: saved_models.read(run / f"model-{task}.keras"),
+                CLASS_NAMES[task],
+                "sums to 1; the likeliest class is the answer",
+                {},
+                export.read_options(params),
+            )
+            for task in params["tasks"]
+        ]
+    reader = cascade.BrainCascade.load(run / "cascade")
+    answers = dict.fromkeys(cascade.STAGES, "sums to 1; the likeliest class is the answer, where the path leads here")
+    answers["disease"] = (
+        "sums to 1; the first stage of four: at the threshold or above the path leads to disease, and on to kind, "
+        "which leads to severity or to type. P(none) = 1 - d, P(severity k) = d a s_k, P(type k) = d (1 - a) t_k"
+    )
+    return [
+        export.Network(
+            stage,
+            (f"cascade/{stage}.keras",),
+            lambda stage=stage: reader.models[stage],
+            tuple(classes),
+            answers[stage],
+            {"disease": reader.threshold} if stage == "disease" else {},
+            export.read_options(reader.read_options),
+        )
+        for stage, classes in cascade.STAGES.items()
+    ]

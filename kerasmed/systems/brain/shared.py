@@ -25,6 +25,7 @@ from kerasmed import (
     pipelines,
     predictions,
     runs,
+    seals,
     training,
 )
 from kerasmed.datasets.synthetic import brain as synthetic
@@ -175,7 +176,7 @@ def train(
     planned = stages(config, network)
     names = ["-".join(filter(None, (task, variant, label))) for variant, _, _ in planned]
     folders = [runs.variant_folder(run, name) for name in names]
-    if not all((folder / "predictions.csv").exists() for folder in folders):
+    if not all([seals.is_sealed(folder) for folder in folders]):
         environment.fresh(config.seed)
         model, receipt = build_model(config, store.images.shape[1:], len(class_names), network)
         for (variant, part, options), folder in zip(planned, folders):
@@ -188,6 +189,7 @@ def train(
                 print(f"  weights of {receipt.source}: {len(receipt.matched)} tensors matched, {left} left random")
             fit(config, model, store, class_names, folder=folder, **options)
             runs.write_table(folder / "predictions.csv", predict_store(model, store, class_names, variant=variant))
+            seals.seal(folder)
     # Read from the file in any case, so that a resumed run has the very numbers of an undisturbed one.
     return [
         Trained(

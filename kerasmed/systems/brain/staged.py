@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import audit, augment, backbones, datasets, images, metrics, pipelines, predictions, runs
+from kerasmed import audit, augment, backbones, datasets, images, metrics, pipelines, predictions, runs, saved_models
 from kerasmed.datasets import brain as data
 from kerasmed.manifest import class_ids, validate
 from kerasmed.parameters import refuse
@@ -320,8 +319,7 @@ def assemble(run: Path, trained: Mapping[str, Sequence[Trained]], origin: Origin
         table: the cascade's, of `tabulate`, of the first fold.
     """
     models = {
-        stage: keras.saving.load_model(runs.variant_folder(run, trained[stage][0].folder) / "model.keras")
-        for stage in STAGES
+        stage: saved_models.read(runs.variant_folder(run, trained[stage][0].folder) / "model.keras") for stage in STAGES
     }
     about = {
         "run": run.name,

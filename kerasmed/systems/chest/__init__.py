@@ -8,8 +8,8 @@ what both do, `prediction` what `kerasmed predict chest` does with a run of eith
 and each of its images is scored once: validation is carved off the official training images by patient.
 """
 
-from kerasmed.systems.chest.prediction import predict
+from kerasmed.systems.chest.prediction import exported_networks, exported_samples, predict
 
-__all__ = ["NOTEBOOK", "predict"]
+__all__ = ["NOTEBOOK", "exported_networks", "exported_samples", "predict"]
 
 NOTEBOOK = None  # whose runs `predict` uses: both notebooks leave a model

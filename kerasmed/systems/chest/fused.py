@@ -28,6 +28,8 @@ from kerasmed import (
     pipelines,
     predictions,
     runs,
+    saved_models,
+    seals,
     training,
 )
 from kerasmed.datasets import chest as data
@@ -181,13 +183,13 @@ def train(config: Config, step: Step, store: pipelines.Store, origin: Origin, *,
     """
     folder = runs.variant_folder(run, step.name)
     trunk = runs.variant_folder(run, f"{STEPS[0].name}-whole") / "model.keras"
-    if not (folder / "predictions.csv").exists():
+    if not seals.is_sealed(folder):
         environment.fresh(config.seed)
         if step.patient:
-            earlier = keras.saving.load_model(trunk)
+            earlier = saved_models.read(trunk)
             features = keras.Model(earlier.inputs, earlier.get_layer("pool").output)
         else:
-            features = models.max_pooled(keras.saving.load_model(origin.model))
+            features = models.max_pooled(saved_models.read(origin.model))
         model = build_model(config, step, features, store)
         lower = config.learning_rate * config.unfrozen_share
         stages = [
@@ -203,6 +205,7 @@ def train(config: Config, step: Step, store: pipelines.Store, origin: Origin, *,
         training.fit_stages(model, stages, fit_one, network=origin.network, folder=folder)
         table = shared.predict_store(model, store, FINDINGS, variant=step.name, beside=beside(step, store))
         runs.write_table(folder / "predictions.csv", table)
+        seals.seal(folder)
     # Read from the file in any case, so that a resumed run has the very numbers of an undisturbed one.
     history, table = pd.read_csv(folder / "history.csv"), predictions.read(folder / "predictions.csv")
     return Trained(step.name, folder.name, history, table)
@@ -246,7 +249,7 @@ def boxes_of(store: pipelines.Store, root) -> pd.DataFrame:
 
 def load(step: Step, run: Path) -> keras.Model:
     """Load a step's finished model from its file."""
-    return keras.saving.load_model(runs.variant_folder(run, step.name) / "model.keras")
+    return saved_models.read(runs.variant_folder(run, step.name) / "model.keras")
 
 
 def source_weights(step: Step, store: pipelines.Store, model: keras.Model) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from kerasmed import (
     pipelines,
     predictions,
     runs,
+    seals,
 )
 from kerasmed.datasets.chest import NO_FINDING
 from kerasmed.manifest import targets
@@ -157,7 +158,7 @@ def train(variant: Variant, store: pipelines.Store, *, run: Path) -> Trained:
         run: the run folder; the training goes to `variants/<name>`, what it cost to cost.json there.
     """
     config, folder = variant.config, runs.variant_folder(run, variant.name)
-    if not (folder / "predictions.csv").exists():
+    if not seals.is_sealed(folder):
         environment.fresh(config.seed)
         learnt_from = undersample(config, store)
         model, receipt = build_model(config, variant.network)
@@ -169,6 +170,7 @@ def train(variant: Variant, store: pipelines.Store, *, run: Path) -> Trained:
         runs.write_json(folder / "cost.json", cost(model, store))
         table = shared.predict_store(model, store, LABELS, variant=variant.name)
         runs.write_table(folder / "predictions.csv", table)
+        seals.seal(folder)
     # Read from the file in any case, so that a resumed run has the very numbers of an undisturbed one.
     history, table = pd.read_csv(folder / "history.csv"), predictions.read(folder / "predictions.csv")
     return Trained(variant.name, folder.name, history, table)

@@ -3,15 +3,10 @@
 import logging
 from pathlib import Path
 
-import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import (
-    fusion,  # noqa: F401  registers the layers that saved models are made of
-    pipelines,
-    runs,
-)
+from kerasmed import export, pipelines, runs, saved_models
 from kerasmed.datasets import chest as data
 from kerasmed.systems.chest import shared
 
@@ -35,8 +30,8 @@ def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
     """
     chosen = runs.read_json(run / "answers.json")
     labels = list(chosen["thresholds"])
-    model = keras.saving.load_model(run / "model.keras")
-    widths = [each.shape[1] for each in model.inputs if each.name == "patient"]
+    model = saved_models.read(run / "model.keras")
+    widths = _widths(model)
     beside = _patients(Path(path), widths[0]) if widths else None
     options = {**pipelines.decode_options(chosen["read"]), "beside": beside, "progress": progress}
     table = pipelines.predict_files(path, [(model, labels)], **options)
@@ -44,6 +39,11 @@ def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
         decided = (table[f"p_{name}"] >= chosen["thresholds"][name]).astype("Int64")
         table[name] = decided.mask(table["error"] != "")
     return table
+
+
+def _widths(model) -> list[int]:
+    """How many values of a patient a network takes; empty for one of images alone."""
+    return [each.shape[1] for each in model.inputs if each.name == "patient"]
 
 
 def _patients(path: Path, width: int):
@@ -65,3 +65,31 @@ def _patients(path: Path, width: int):
         return {"patient": values[[rows.get(Path(name).stem, -1) for name in names]]}
 
     return beside
+
+
+def exported_networks(run: Path) -> list[export.Network]:
+    """Describe the network that a run of either notebook chose, for `kerasmed export`."""
+    chosen = runs.read_json(run / "answers.json")
+    known = f"{', '.join(shared.PATIENT)} (years; F 0, M 1; PA 0, AP 1), NaN where unknown"
+    if any(width > len(shared.PATIENT) for width in _widths(saved_models.read(run / "model.keras"))):
+        known += f"; then, 1 or 0, all 0 where there is none, has_previous, {', '.join(data.PREVIOUS)}"
+    return [
+        export.Network(
+            "model",
+            ("model.keras",),
+            lambda: saved_models.read(run / "model.keras"),
+            tuple(chosen["thresholds"]),
+            "each a probability by itself; a finding is present where it reaches its threshold",
+            chosen["thresholds"],
+            export.read_options(chosen["read"]),
+            {"patient": known},
+        )
+    ]
+
+
+def exported_samples(run: Path, root: Path) -> tuple[dict, str]:
+    """Read what the network is compared on: images of the test split, and what is known of their patients."""
+    (network,) = exported_networks(run)
+    widths = _widths(network.load())
+    beside = _patients(data.folder(root), widths[0]) if widths else None
+    return export.samples_of_images(run, root, [network], beside=beside)

@@ -9,11 +9,12 @@ fits classifiers over them, and `results` says where attention looks and which s
 of three conditions, each judged by the modality that shows it: canal by sagittal T2, foramina by sagittal T1, recesses
 by axial T2. Notebook 03_lumbar_fusion goes on from a run of it: `fused` has networks of all modalities, of which a
 study may lack some, and `card` the report card, which says how well they cope with what is missing. `prediction` is
-`kerasmed predict lumbar`.
+`kerasmed predict lumbar`, `exported` what `kerasmed export` writes.
 """
 
+from kerasmed.systems.lumbar.exported import exported_networks, exported_samples
 from kerasmed.systems.lumbar.prediction import predict
 
-__all__ = ["NOTEBOOK", "predict"]
+__all__ = ["NOTEBOOK", "exported_networks", "exported_samples", "predict"]
 
 NOTEBOOK = "03_lumbar_fusion"  # whose runs `predict` uses

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from kerasmed import (
+    atomic,
     backbones,
     embeddings,
     environment,
@@ -20,6 +21,7 @@ from kerasmed import (
     models,
     pipelines,
     runs,
+    seals,
     series,
     training,
 )
@@ -237,7 +239,7 @@ def attend(
         run: the run folder; the training goes to `variants/<name>-<part>`.
     """
     folder = runs.variant_folder(run, f"{name}-{part.name}")
-    if not (folder / "attended.npz").exists():
+    if not seals.is_sealed(folder):
         environment.fresh(config.seed)
         rows = {BRANCHES[condition]: bags[condition] for condition in CONDITIONS}
         model = _network(config, features, rows, part)
@@ -264,6 +266,7 @@ def attend(
             stop_patience=config.stop_patience,
         )
         _answer(model, features, rows, folder)
+        seals.seal(folder)
     with np.load(folder / "attended.npz") as saved:
         pooled, weights = (
             {condition: saved[f"{BRANCHES[condition]}_{what}"] for condition in CONDITIONS}
@@ -303,7 +306,7 @@ def _answer(model, features, rows, folder) -> None:
         found[f"{branch}_pooled"], found[f"{branch}_weights"] = models.attention_parts(model, branch).predict(
             every, verbose=0
         )
-    with runs.whole(folder / "attended.npz") as temporary:
+    with atomic.whole(folder / "attended.npz") as temporary:
         np.savez(temporary, **found)
 
 
@@ -435,7 +438,7 @@ def keep(
     histories = [each.history.assign(training=each.folder) for each in attended.values()]
     if histories:
         runs.write_table(run / "history.csv", pd.concat(histories))
-        with runs.whole(run / "model.keras") as temporary:
+        with atomic.whole(run / "model.keras") as temporary:
             shutil.copyfile(run / model_path(config, attended, chosen), temporary)
 
 

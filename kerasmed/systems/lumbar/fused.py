@@ -18,7 +18,19 @@ import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import audit, embeddings, environment, grades, losses, modalities, pipelines, runs, training
+from kerasmed import (
+    atomic,
+    audit,
+    embeddings,
+    environment,
+    grades,
+    losses,
+    modalities,
+    pipelines,
+    runs,
+    seals,
+    training,
+)
 from kerasmed.datasets import lumbar as data
 from kerasmed.embeddings import Features
 from kerasmed.parameters import refuse, refuse_others
@@ -252,7 +264,7 @@ def fit(config: Config, key: Key, cases: Cases, rows: pd.DataFrame, *, run: Path
         run: the run folder; the training goes to `variants/<key>`.
     """
     folder = runs.variant_folder(run, "-".join(key))
-    if not (folder / "told.npz").exists():
+    if not seals.is_sealed(folder):
         environment.fresh(config.seed)
         model = build_model(config, key, cases)
         y = cases.found.studies[list(TARGETS)].to_numpy(np.float32)
@@ -282,8 +294,9 @@ def fit(config: Config, key: Key, cases: Cases, rows: pd.DataFrame, *, run: Path
             _learn_pseudo(config, model, cases, rows, folder)
         told = answer(model, cases, rows, batch_size=config.batch_size)
         runs.write_table(folder / "predictions.csv", as_is(cases, rows, told).assign(variant=" ".join(key)))
-        with runs.whole(folder / "told.npz") as temporary:
+        with atomic.whole(folder / "told.npz") as temporary:
             np.savez(temporary, told=told)
+        seals.seal(folder)
     with np.load(folder / "told.npz") as saved:
         return Fused(folder, pd.read_csv(folder / "history.csv"), saved["told"])
 
@@ -351,7 +364,7 @@ def keep(config: Config, origin: Origin, chosen: Fused, *, run: Path) -> None:
         (chosen.folder / "history.csv", "history.csv"),
         (chosen.folder / "predictions.csv", "predictions.csv"),
     ):
-        with runs.whole(run / name) as temporary:
+        with atomic.whole(run / name) as temporary:
             shutil.copyfile(source, temporary)
     answers = {"variant": chosen.folder.name, "vectors": config.vectors, "normalisation": origin.normalisation}
     answers["read"] = {name: origin.parameters[name] for name in ("image_size", "window")}

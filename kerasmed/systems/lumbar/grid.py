@@ -12,7 +12,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from kerasmed import classifiers, grades, metrics, runs
+from kerasmed import classifiers, grades, metrics, runs, seals
 from kerasmed import progress as bars
 from kerasmed.datasets import lumbar as data
 from kerasmed.systems.lumbar.shared import (
@@ -155,7 +155,7 @@ def fit(
         Key -> answers, a row a target and part: part, study_id, condition, side, level, grade, p_<grade>.
     """
     folders = {key: runs.variant_folder(run, "-".join(key)) for key in keys}
-    missing = [key for key in keys if not (folders[key] / "predictions.csv").exists()]
+    missing = [key for key in keys if not seals.is_sealed(folders[key])]
     tasks = [(key, question) for key in missing for question in asked]
     told = joblib.Parallel(n_jobs=jobs, return_as="generator")(
         _delayed(key, question, vectors, seed) for key, question in tasks
@@ -168,6 +168,7 @@ def fit(
             if question is asked[-1]:
                 table = pd.concat(answers, ignore_index=True)
                 runs.write_table(folders[key] / "predictions.csv", table.assign(variant=" ".join(key)))
+                seals.seal(folders[key])
                 answers = []
     return {key: read(folder / "predictions.csv") for key, folder in folders.items()}
 

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import embeddings, runs, series
+from kerasmed import embeddings, runs, saved_models, series
 from kerasmed import progress as bars
 from kerasmed.datasets import lumbar as data
 from kerasmed.embeddings import Features
@@ -70,7 +69,7 @@ def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
         raise FileNotFoundError(f"{run} has no {', '.join(absent)}; expected a complete run of 03_lumbar_fusion.")
     root, studies = gather(path)
     chosen = runs.read_json(run / "answers.json")
-    model, encoder = (keras.saving.load_model(run / name, compile=False) for name in ("model.keras", "encoder.keras"))
+    model, encoder = (saved_models.read(run / name, compile=False) for name in ("model.keras", "encoder.keras"))
     answers = []
     with bars.bar(len(studies), "predict", unit="study", shown=progress, file=sys.stderr) as bar:
         for first in range(0, len(studies), _AT_ONCE):

@@ -9,8 +9,8 @@ result is of. `networks` and `results` are notebook 06_mura_densenet, `predictio
 published `valid` is the test; validation is carved off the published training studies by patient.
 """
 
-from kerasmed.systems.mura.prediction import predict
+from kerasmed.systems.mura.prediction import exported_networks, predict
 
-__all__ = ["NOTEBOOK", "predict"]
+__all__ = ["NOTEBOOK", "exported_networks", "predict"]
 
 NOTEBOOK = "06_mura_densenet"  # whose runs `predict` uses

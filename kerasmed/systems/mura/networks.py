@@ -20,6 +20,8 @@ from kerasmed import (
     pipelines,
     predictions,
     runs,
+    saved_models,
+    seals,
     splits,
     training,
 )
@@ -293,7 +295,7 @@ def train(variant: Variant, store: pipelines.Store, *, run: Path) -> Trained:
         run: the run folder; the training goes to `variants/<name>`.
     """
     config, folder = variant.config, runs.variant_folder(run, variant.name)
-    if not (folder / "predictions.csv").exists():
+    if not seals.is_sealed(folder):
         environment.fresh(config.seed)
         model, receipt = build_model(config)
         print(f"{variant.name}: {len(pipelines.rows(store, 'train'))} images to learn from", flush=True)
@@ -303,6 +305,7 @@ def train(variant: Variant, store: pipelines.Store, *, run: Path) -> Trained:
         told = answer(config, model, store, np.arange(len(store.manifest)))
         table = predictions.tabulate(store.manifest, told, CLASS_NAMES, variant=variant.name)
         runs.write_table(folder / "predictions.csv", table)
+        seals.seal(folder)
     return _trained(variant.name, folder)
 
 
@@ -324,14 +327,14 @@ def train_experts(
     """
     name = experts_name(one, study_types, store, fine_tune=fine_tune)
     folder = runs.variant_folder(run, name)
-    if not (folder / "predictions.csv").exists():
+    if not seals.is_sealed(folder):
         table, histories = one.predictions.assign(variant=name), []
         for study_type in study_types:
             environment.fresh(config.seed)
             part = of_type(store, study_type)
             print(f"{name}, {study_type}: {len(pipelines.rows(part, 'train'))} images to learn from", flush=True)
             if fine_tune:
-                model = keras.saving.load_model(runs.variant_folder(run, one.folder) / "model.keras")
+                model = saved_models.read(runs.variant_folder(run, one.folder) / "model.keras")
             else:
                 model, _ = build_model(config)
             expert = runs.variant_folder(run, f"{folder.name}-{study_type}")
@@ -341,6 +344,7 @@ def train_experts(
             histories.append(pd.read_csv(expert / "history.csv").assign(body_part=study_type))
         runs.write_table(folder / "history.csv", pd.concat(histories))
         runs.write_table(folder / "predictions.csv", table)
+        seals.seal(folder)
     return _trained(name, folder)
 
 

@@ -5,11 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import keras
 import numpy as np
 import pandas as pd
 
-from kerasmed import dicom, models, pipelines, runs
+from kerasmed import dicom, export, models, pipelines, runs, saved_models
 from kerasmed.systems.mura.networks import CLASS_NAMES, LABEL
 
 
@@ -32,7 +31,7 @@ def predict(run: Path, path, *, progress: bool = True) -> pd.DataFrame:
         which images could not be read and why.
     """
     chosen = runs.read_json(run / "answers.json")
-    members = [keras.saving.load_model(run / name) for name in chosen["models"]]
+    members = [saved_models.read(run / name) for name in chosen["models"]]
     model = models.averaged(members, mirrored=chosen["flips_at_test"])
     options = {**pipelines.decode_options(chosen["read"]), "progress": progress}
     told = pipelines.predict_files(path, [(model, CLASS_NAMES)], **options)
@@ -79,3 +78,27 @@ def gather(path, names: Sequence[str]) -> dict[str, list[int]]:
         else:
             shown.append(folder or ".")
     return dict(zip(shown, found.values()))
+
+
+def exported_networks(run: Path) -> list[export.Network]:
+    """Describe what a run answers an image with, for `kerasmed export`: one network, of several the mean of them."""
+    chosen = runs.read_json(run / "answers.json")
+
+    def load():
+        members = [saved_models.read(run / name) for name in chosen["models"]]
+        return models.averaged(members, mirrored=chosen["flips_at_test"])
+
+    count = len(chosen["models"])
+    mean = f"; the mean of {count} networks{', each also of the mirror image' if chosen['flips_at_test'] else ''}"
+    return [
+        export.Network(
+            "model",
+            tuple(chosen["models"]),
+            load,
+            tuple(CLASS_NAMES),
+            f"a probability of one image{mean if count > 1 or chosen['flips_at_test'] else ''}; a study's is the mean "
+            "over its images, and is abnormal where that reaches the threshold",
+            {LABEL: chosen["threshold"]},
+            export.read_options(chosen["read"]),
+        )
+    ]

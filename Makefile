@@ -21,11 +21,14 @@ slow: .venv/dev
 	$(TOGETHER) --no-loadscope-reorder -m "slow and not timed"
 	$(PYTEST) -m "timed and slow"
 
-UNDER_JAX := layers losses models fusion gradcam batches
+UNDER_JAX := training modalities backbones layers losses models fusion gradcam batches
+# Most of their time would be XLA's; many tests build the same small network.
+QUICK_JAX := JAX_DISABLE_MOST_OPTIMIZATIONS=true JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/compiled \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 # Tests of these modules under JAX; then what compares backends and devices, with PyTorch where it is installed.
 backends: .venv/jax
-	KERAS_BACKEND=jax $(TOGETHER) $(UNDER_JAX:%=tests/test_%.py)
+	KERAS_BACKEND=jax $(QUICK_JAX) $(TOGETHER) --no-loadscope-reorder -m "not slow and not timed" $(UNDER_JAX:%=tests/test_%.py)
 	$(TOGETHER) -m "" -k "jax or torch" tests/test_backends.py tests/test_devices.py tests/test_environment.py
 
 reliability: .venv/dev

@@ -458,7 +458,7 @@ def learn_pseudo(
         )
     for dense in (layer.hidden, layer.predicted):
         dense.kernel.assign(dense.kernel_initializer(dense.kernel.shape, dense.kernel.dtype))
-        dense.bias.assign(ops.zeros_like(dense.bias))
+        dense.bias.assign(ops.zeros(dense.bias.shape, dense.bias.dtype))
     layer.seed_generator.state.assign(np.array([seed, 0], "uint32"))
     inputs = [keras.Input(vectors.shape[1:]), keras.Input(vectors.shape[1:2], dtype="bool")]
     learner = keras.Model(inputs, layer(inputs))

@@ -588,7 +588,8 @@ def test_graded_fusion_gives_grades_that_what_is_missing_does_not_move_by_a_bit(
     np.testing.assert_allclose(told[0].sum(axis=-1), 1, atol=1e-6)
     assert told[0].std(axis=0).max(axis=-1).min() > 1e-3  # no target is told the same of all rows
     by_slices = results[0][2]
-    assert (by_slices[~there] == 0).all() and (np.abs(by_slices[there]).max(axis=-1) > 0).mean() > 0.5
+    # In training three modalities in ten are hidden besides: of these few rows, by each backend's draws, up to half.
+    assert (by_slices[~there] == 0).all() and (np.abs(by_slices[there]).max(axis=-1) > 0).mean() > 0.4
     for each, result in zip(told, results):
         np.testing.assert_array_equal(each, told[0])
         assert all(np.abs(gradient).max() > 0 for gradient in result[3:])

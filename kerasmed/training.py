@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 SCHEDULES = ("cosine", "plateau", "constant")
 OPTIMIZERS = ("adam", "sgd")
+# TensorFlow takes as long to trace a network's training as to do about a dozen steps without a graph.
+_STEPS_WORTH_A_GRAPH = 12
 # A notebook trains dozens of networks: short epochs share a line.
 _SECONDS_A_LINE = 60.0
 
@@ -95,7 +97,7 @@ def fit(
             Lower is better for the loss and for metrics that Keras counts as errors, higher for all others.
         stop_patience: stop after so many epochs without a better `monitor`.
         plateau_patience, plateau_factor: see `schedule`.
-        jit_compile: as in `keras.Model.compile`.
+        jit_compile: as in `keras.Model.compile`; a training of at most a dozen steps has no graph unless this is True.
 
     Returns:
         History, a row per epoch: epoch, learning_rate, loss, val_loss, each metric, seconds, and kept: true in the
@@ -140,7 +142,13 @@ def fit(
     # Keras resets no metric before a first epoch: one that served an earlier training would begin with its counts.
     for metric in metrics:
         metric.reset_state()
-    trained.compile(_optimizer(optimizer, rate, weight_decay), loss, metrics=list(metrics), jit_compile=jit_compile)
+    trained.compile(
+        _optimizer(optimizer, rate, weight_decay),
+        loss,
+        metrics=list(metrics),
+        run_eagerly=_is_short(trained, steps_per_epoch * epochs, jit_compile),
+        jit_compile=jit_compile,
+    )
     # Half precision wraps the optimizer, so its variables are those of the compiled one.
     trained.optimizer.build(trained.trainable_variables)
 
@@ -172,6 +180,17 @@ def fit(
     return history
 
 
+def _is_short(model, steps: int, jit_compile) -> bool:
+    """Whether so few steps are done sooner without a graph, which is TensorFlow's; several devices need one."""
+    if keras.backend.backend() != "tensorflow" or jit_compile is True or _num_devices(model) > 1:
+        return False
+    return steps <= _STEPS_WORTH_A_GRAPH
+
+
+def _num_devices(model) -> int:
+    return getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
+
+
 @contextlib.contextmanager
 def _statistics_of_whole_batches(model):
     """Have batch normalisation see a batch whole where TensorFlow shares it out among devices, while a block runs.
@@ -181,9 +200,8 @@ def _statistics_of_whole_batches(model):
     # Those of nested models as well.
     norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     apart = [layer for layer in norms if not layer.synchronized]
-    shared = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
     for layer in apart:
-        layer.synchronized = shared > 1
+        layer.synchronized = _num_devices(model) > 1
     try:
         yield
     finally:

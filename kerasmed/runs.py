@@ -21,6 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -276,15 +277,30 @@ def _busy(run: Path) -> str:
     return f"{run} has been written by {where} since {state.get('started', 'a moment ago')}; wait for it, or stop it."
 
 
-def save_figure(run: Path, figure, name: str) -> Path:
-    """Write a matplotlib figure to `figures/<name>.png`; one made from synthetic data says so on itself."""
+class Picture(NamedTuple):
+    """A figure as it was written; a notebook that is given it shows that very file."""
+
+    path: Path
+
+    def _repr_png_(self) -> bytes:
+        return self.path.read_bytes()
+
+    def __repr__(self) -> str:
+        return f"<figure {self.path.stem}>"
+
+
+def save_figure(run: Path, figure, name: str) -> Picture:
+    """Write a matplotlib figure to `figures/<name>.png`; one made from synthetic data says so on itself.
+
+    To `display` what is returned spares a notebook drawing the figure a second time.
+    """
     if read_json(run / "environment.json")["data_source"] == "synthetic":
         # Above all else: a legend outside the axes keeps to the lower edge of what is saved.
         figure.text(1, 1.0, "synthetic data", ha="right", va="bottom", fontsize=9, color="firebrick")
     path = run / "figures" / f"{name}.png"
     with atomic.whole(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
-    return path
+    return Picture(path)
 
 
 def variant_folder(run: Path, variant: str) -> Path:

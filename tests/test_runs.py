@@ -273,7 +273,8 @@ def test_key_knows_an_earlier_run_by_its_name_wherever_it_lies():
 def test_save_figure_marks_synthetic_data_and_only_these():
     for source, marks in (("synthetic", 1), ("real", 0)):
         run, figure = _start(data_source=source), Figure()
-        assert runs.save_figure(run, figure, "a").stat().st_size > 0
+        picture = runs.save_figure(run, figure, "a")
+        assert picture._repr_png_() == (run / "figures/a.png").read_bytes() != b"" and "/" not in repr(picture)
         assert sum(text.get_text() == "synthetic data" for text in figure.texts) == marks
 
 

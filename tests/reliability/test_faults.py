@@ -39,6 +39,7 @@ PROFILE = {
     "weights": "none",
     "augmentation": ["flip"],
     "epochs": 4,
+    "batch_size": 40,  # twelve steps, which are done without a graph
     "bootstraps": 30,
 }
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # minutes where the cores are free

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import filelock
 
-_SECONDS_TO_ASK = 0.06  # one who only asks has the lock for a moment; filelock tries every 0.05
+# One who only asks has the lock for a moment: many tries in a short time, or two who ask would take each other for it.
+_SECONDS_TO_ASK, _SECONDS_BETWEEN_TRIES = 0.2, 0.005
 logger = logging.getLogger(__name__)
 
 
@@ -20,12 +21,13 @@ class Busy(RuntimeError):
     """Another process holds the lock."""
 
 
-def acquire(path: Path, *, wait: float | None = None) -> filelock.BaseFileLock:
+def acquire(path: Path, *, wait: float | None = None, every: float = 0.05) -> filelock.BaseFileLock:
     """Take the lock of a file or folder, which need not exist, and keep it until `release()` or the process's end.
 
     Args:
         path: what is guarded.
         wait: seconds to wait for another holder; None for as long as it takes.
+        every: seconds between two tries.
 
     Raises:
         Busy: it was still held after `wait`.
@@ -35,7 +37,7 @@ def acquire(path: Path, *, wait: float | None = None) -> filelock.BaseFileLock:
     # Each call excludes all others, also those of other threads.
     lock = filelock.FileLock(_file(path), thread_local=False)
     try:
-        lock.acquire(timeout=-1 if wait is None else wait)
+        lock.acquire(timeout=-1 if wait is None else wait, poll_interval=every)
     except filelock.Timeout as error:
         raise Busy(f"another process is at work on {path}.") from error
     except PermissionError as error:
@@ -70,7 +72,7 @@ def is_held(path: Path) -> bool:
     if not _file(path).exists():
         return False
     try:
-        acquire(path, wait=_SECONDS_TO_ASK).release()
+        acquire(path, wait=_SECONDS_TO_ASK, every=_SECONDS_BETWEEN_TRIES).release()
     except (Busy, OSError):
         return True
     return False

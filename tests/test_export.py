@@ -457,7 +457,12 @@ BEYOND_LITERT = {"rows": ("TensorListReserve", "lstm1"), "volume": ("MaxPool3D",
 @pytest.mark.parametrize(
     ("kind", "format"),
     # A SavedModel is what TensorFlow computes anyhow, so that two will do.
-    [(kind, format) for kind in KINDS for format in FORMATS if format != "saved_model" or kind in ("scans", "rows")],
+    [
+        pytest.param(kind, *format.values, marks=format.marks)
+        for kind in KINDS
+        for format in FORMATS
+        if format.values != ("saved_model",) or kind in ("scans", "rows")
+    ],
 )
 def test_convert_of_each_kind_of_network_answers_batches_of_any_size(kind, format, tmp_path):
     model = KINDS[kind]()

@@ -1,8 +1,9 @@
-"""Fixture of the tests of reliability: note what was tried and seen, for docs/reliability.md."""
+"""Fixtures of the tests of reliability: note what was tried and seen, for docs/reliability.md; run a fuzzer."""
 
 import hashlib
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,23 @@ def record():
         assert not wrong, f"docs/reliability.md says something else: {wrong}; look why, then `make reliability`"
 
     return note
+
+
+@pytest.fixture
+def fuzz(tmp_path):
+    """Function (command, runs, seconds, **options): fuzz by libFuzzer until either is reached; return what it told.
+
+    Its limit of memory counts the peak, which a process begins with that of the one it was forked from: this one may
+    have been larger than the limit. So a shell, which is small, forks it (and `exit` keeps the shell from becoming it).
+    """
+    pytest.importorskip("atheris", reason="atheris is not installed: hypothesis alone draws files and tables")
+
+    def run(command, runs, seconds, **options):
+        options = {"runs": runs, "max_total_time": seconds, "artifact_prefix": f"{tmp_path}/", **options}
+        written = [f"-{name}={value}" for name, value in options.items()]
+        done = subprocess.run(["sh", "-c", '"$@"; exit', "sh", *command, *written], capture_output=True, timeout=240)
+        told = done.stderr.decode(errors="replace")
+        assert done.returncode == 0, told[-5000:]
+        return told
+
+    return run

@@ -1,7 +1,6 @@
 """Files and arrays drawn at random, and led by coverage: a picture or a stated reason, whatever they hold."""
 
 import re
-import subprocess
 import sys
 from collections import Counter
 
@@ -14,7 +13,6 @@ from hypothesis.extra import numpy as arrays
 from kerasmed import images
 from tests.reliability import corpus, corpus_dicom, corpus_pictures, properties
 
-RUNS, SECONDS = 3000, 45  # whichever is reached first
 SAME = settings(derandomize=True, database=None, deadline=None, max_examples=400)
 
 
@@ -33,19 +31,14 @@ def seeds():
 
 
 @pytest.mark.slow
-def test_read_files_led_by_coverage_ends_in_a_picture_or_a_reason(tmp_path, record, seeds):
-    pytest.importorskip("atheris", reason="atheris is not installed: hypothesis alone draws files")
+def test_read_files_led_by_coverage_ends_in_a_picture_or_a_reason(tmp_path, fuzz, record, seeds):
     begin = seeds[::6]  # all are read before the first is changed
     for at, data in enumerate(begin):
         path = tmp_path / "seeds" / str(at)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
-    options = [f"-runs={RUNS}", f"-max_total_time={SECONDS}", "-seed=11", "-timeout=30", "-max_len=12000"]
-    options += ["-rss_limit_mb=3000", f"-artifact_prefix={tmp_path}/"]
-    command = [sys.executable, "-m", "tests.reliability.fuzz_files", str(tmp_path / "seeds"), *options]
-    done = subprocess.run(command, capture_output=True, timeout=10 * SECONDS)
-    told = done.stderr.decode(errors="replace")
-    assert done.returncode == 0, told[-5000:]
+    command = [sys.executable, "-m", "tests.reliability.fuzz_files", str(tmp_path / "seeds")]
+    told = fuzz(command, runs=3000, seconds=45, seed=11, timeout=30, max_len=12_000, rss_limit_mb=3000)
     (runs,) = re.findall(r"^Done (\d+) runs in", told, flags=re.MULTILINE)
     assert int(runs) > len(begin)
     record(

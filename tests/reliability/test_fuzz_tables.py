@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -214,19 +213,12 @@ def test_splits_of_groups_drawn_at_random(record):
 
 
 @pytest.mark.slow
-def test_tables_led_by_coverage(tmp_path, record):
-    pytest.importorskip("atheris")
+def test_tables_led_by_coverage(tmp_path, fuzz, record, monkeypatch):
     counts = tmp_path / "counts.json"
     program = importlib.util.find_spec("tests.reliability.fuzzed_tables").origin
-    options = ["-runs=4000", "-seed=1", "-max_total_time=30", "-max_len=2000", "-timeout=20", "-rss_limit_mb=4000"]
-    done = subprocess.run(
-        [sys.executable, program, str(tmp_path), str(counts), *options, f"-artifact_prefix={tmp_path}/"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(manifest.__file__).parents[1]), *sys.path])},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(manifest.__file__).parents[1]), *sys.path]))
+    command = [sys.executable, program, str(tmp_path), str(counts)]
+    fuzz(command, runs=4000, seconds=30, seed=1, timeout=20, max_len=2000, rss_limit_mb=4000)
     seen = json.loads(counts.read_text())
     assert sum(seen.values()) >= 20
     record("Fuzzing", "bytes of tables, led by coverage (atheris)", seen, exact=False, timed=True)

@@ -1,7 +1,7 @@
 """Training and inference on a GPU, against the plain networks of keras.applications.
 
     KERAS_BACKEND=jax python benchmarks/gpu.py          # all networks; writes benchmarks/results_gpu.md
-    python benchmarks/gpu.py DenseNet169 --batch 64     # some
+    python benchmarks/gpu.py DenseNet169 --batch 64     # some; shown, not written
 
 Without `$KERAS_BACKEND` the first of JAX, PyTorch and TensorFlow that sees a GPU is taken; without a GPU nothing is
 measured or written. Ours takes grey uint8 pixels of 224×224 and prepares them itself; the plain network takes what a
@@ -36,7 +36,9 @@ VOLUMES = "MedicalNet-152"
 SIZE, DEPTH, LABELS, STEPS = (224, 224), 24, 14, 10
 BATCHES, VOLUME_BATCHES = (32, 128, 512), (1, 4)
 # Dense 16-bit matrix products with 32-bit sums, 10¹² operations a second, as the makers' data sheets state.
-PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "V100": 125, "T4": 65}
+# The first whose words are all in a device's name holds.
+PEAKS = {"H200 NVL": 835, "H100 NVL": 835, "H100 PCIe": 756, "V100 PCIe": 112, "H200": 989, "H100": 989, "A100": 312}
+PEAKS |= {"L40S": 362, "L4": 121, "A10": 125, "V100": 125, "T4": 65}
 RESULTS = Path(__file__).parent / "results_gpu.md"
 _BACKENDS = ("jax", "torch", "tensorflow")
 _TOO_LARGE = ("out of memory", "resource_exhausted", "oom when")
@@ -49,7 +51,7 @@ class Row(NamedTuple):
     mode: str
     batch: int
     ours: float | None  # images (volumes) a second, the median over rounds; None where the batch does not fit
-    plain: float | None
+    plain: float | None  # None where it does not fit, or there is none
     operations: float  # of one image in this mode
 
 
@@ -101,15 +103,21 @@ def check(ours, plain, pixels: np.ndarray, inputs: np.ndarray) -> float:
     return difference
 
 
-def rate(calls, amount: int, *, count: int) -> list[float] | None:
-    """Images a second of each of several calls, by turns; None where a batch does not fit into the GPU's memory."""
+def rate(calls, amount: int, *, count: int) -> dict[str, float | None]:
+    """Images a second of each of several calls, by turns; None for one whose batch does not fit into the GPU's memory.
+
+    Where one does not fit, the other is measured alone.
+    """
     try:
         seconds = measure.rounds(calls, count=count)
     except Exception as error:  # each backend has a type of its own for a full memory
         if not any(text in f"{type(error).__name__} {error}".lower() for text in _TOO_LARGE):
             raise
-        return None
-    return [amount / statistics.median(seconds[name]) for name in calls]
+        if len(calls) == 1:
+            return dict.fromkeys(calls)
+        alone = [rate({name: call}, amount, count=count) for name, call in calls.items()]
+        return {name: value for each in alone for name, value in each.items()}
+    return {name: amount / statistics.median(seconds[name]) for name in calls}
 
 
 def computed_in(model) -> set[str]:
@@ -153,15 +161,8 @@ def measured(name: str, batch: int, *, precision: str, size=SIZE, steps: int = S
     }
     for mode, step in modes.items():
         calls = {which: functools.partial(repeated, step, *each) for which, each in given.items()}
-        found = rate(calls, batch * steps, count=count) or [None, None]
-        yield Row(
-            name,
-            mode,
-            batch,
-            found[0],
-            found[1] if plain is not None else None,
-            operations * (3 if mode == "training" else 1),
-        )
+        found = rate(calls, batch * steps, count=count)
+        yield Row(name, mode, batch, found["ours"], found.get("plain"), operations * (3 if mode == "training" else 1))
 
 
 def head_room(fastest: float, num_images: int = 4096) -> tuple[float, float]:
@@ -182,7 +183,8 @@ def head_room(fastest: float, num_images: int = 4096) -> tuple[float, float]:
 
 def peak_of(device: str) -> float | None:
     """The stated peak of a GPU by its name, 10¹² operations a second at 16 bits; None for one that is not known."""
-    return next((value for name, value in PEAKS.items() if name in device.replace("-", " ").split()), None)
+    words = device.replace("-", " ").lower().split()
+    return next((value for name, value in PEAKS.items() if set(name.lower().split()) <= set(words)), None)
 
 
 def table(rows: list[Row], machine: dict, pipeline: tuple[float, float] | None) -> str:
@@ -201,11 +203,11 @@ def table(rows: list[Row], machine: dict, pipeline: tuple[float, float] | None) 
     ]
     for row in rows:
         start = f"| {row.network} | {row.mode} | {row.batch} |"
+        plain = "–" if row.plain is None else measure.number(row.plain)
         if row.ours is None:
-            lines.append(f"{start} does not fit | | | | |")
+            lines.append(f"{start} does not fit | {plain} | | | |")
             continue
         done = row.ours * row.operations / 1e12
-        plain = "–" if row.plain is None else measure.number(row.plain)
         ratio = "–" if row.plain is None else measure.number(row.ours / row.plain)
         share = "not known" if peak is None else f"{done / peak:.1%}"
         lines.append(f"{start} {measure.number(row.ours)} | {plain} | {ratio} | {measure.number(done)} | {share} |")
@@ -251,17 +253,23 @@ def main(arguments: list[str] | None = None) -> int:
     if machine["devices"] == ["CPU"]:
         print(f"no GPU that the backend {machine['backend']} sees: nothing is measured", file=sys.stderr)
         return 1
+    # The page is of all networks; of fewer, the table is shown alone.
+    whole = set(asked.networks) == {*NETWORKS, VOLUMES} and not asked.batch
     rows, pipeline = [], None
     for name in asked.networks:
         for batch in asked.batch or (VOLUME_BATCHES if name == VOLUMES else BATCHES):
             for row in measured(name, batch, precision=asked.precision):
                 rows.append(row)
                 print(row, flush=True)
-                RESULTS.write_text(table(rows, machine, None), encoding="utf-8")
+                if whole:
+                    RESULTS.write_text(table(rows, machine, None), encoding="utf-8")
     trained = [row.ours for row in rows if row.mode == "training" and row.network != VOLUMES and row.ours]
     if trained:
         pipeline = head_room(max(trained))
-    RESULTS.write_text(table(rows, machine, pipeline), encoding="utf-8")
+    if whole:
+        RESULTS.write_text(table(rows, machine, pipeline), encoding="utf-8")
+    else:
+        print(table(rows, machine, pipeline))
     return 0
 
 

@@ -205,6 +205,9 @@ def as_float32(model: keras.Model) -> keras.Model:
         return model
     made = keras.saving.deserialize_keras_object(json.loads(plain))
     made.set_weights(model.get_weights())
+    for layer in made._flatten_layers():
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # it computes with constants made of its weights
     return made
 
 
@@ -368,7 +371,8 @@ def compare(model: keras.Model, exported: Callable, inputs: Mapping[str, np.ndar
         tolerance is `TOLERANCE`, times the largest value where that is above 1, as it is of features.
 
     Raises:
-        ValueError: shapes differ, or one has NaN where the other has a number, or the runtime takes no such batch.
+        ValueError: shapes differ, or one has NaN where the other has a number, or the Keras model answers no number,
+            or the runtime takes no such batch.
     """
     count = len(next(iter(inputs.values())))
     worst, largest, sizes = 0.0, 1.0, sorted({1, min(ODD_BATCH, count), count})
@@ -384,8 +388,14 @@ def compare(model: keras.Model, exported: Callable, inputs: Mapping[str, np.ndar
                 f"{model.name}, exported, answers a batch of {size} by shape {told.shape} with {np.isnan(told).sum()} "
                 f"NaN; expected {expected.shape} with {np.isnan(expected).sum()}."
             )
-        largest = max(largest, float(np.nanmax(np.abs(expected), initial=0)))
-        worst = max(worst, float(np.nanmax(np.abs(told - expected), initial=0)))
+        numbers = np.isfinite(expected)
+        if not numbers.any():
+            raise ValueError(f"{model.name} answers a batch of {size} by no finite number: nothing can be compared.")
+        largest = max(largest, float(np.abs(expected[numbers]).max()))
+        apart = np.subtract(
+            told, expected, where=told != expected, out=np.zeros(expected.shape)
+        )  # 0 of equal infinities
+        worst = max(worst, float(np.nanmax(np.abs(apart))))
     return {"max_difference": worst, "tolerance": TOLERANCE * largest, "batches": sizes}
 
 
@@ -448,14 +458,15 @@ def write(
         Records of parity.json: network, max_difference, tolerance, batches, rows, pixels, runtime, and of `rounding`.
 
     Raises:
-        FileExistsError: `out` holds something else.
+        FileExistsError: `out` holds something that no earlier export has written; names it.
         ValueError: as of `check_weights` and `convert`; or an export answers otherwise than its origin, by how much.
     """
     check_format(format)
     ending, _, distribution = FORMATS[format]
     hashes = check_weights(run, networks)
-    if out.exists() and not (out / PARITY).exists():
-        raise FileExistsError(f"{out} is there and holds no export; name another folder with --out.")
+    out = out.resolve()  # a link to a folder stays
+    if out.exists():
+        _refuse_others(out)
     parents = [folder for folder in (out.parent,) if not folder.exists()]
     records, described = [], {}
     try:
@@ -495,13 +506,29 @@ def write(
             card = model_card.text(run, about, records, checked=samples is not None, truth=truth or {})
             with atomic.whole(folder / CARD) as temporary:
                 temporary.write_text(card, encoding="utf-8")
-            shutil.rmtree(out, ignore_errors=True)
+            if out.exists():
+                shutil.rmtree(out)
     except BaseException:
         for parent in parents:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
     return records
+
+
+def _refuse_others(out: Path) -> None:
+    """Raise where a folder is no earlier export, or holds more than that has written."""
+    if not out.is_dir() or not (out / PARITY).exists():
+        raise FileExistsError(f"{out} is there and holds no export; name another folder with --out.")
+    written = {ABOUT, PARITY, CARD}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # of a damaged one: none
+        written |= {each["file"] for each in runs.read_json(out / ABOUT)["networks"].values()}
+    others = sorted(path.name for path in out.iterdir() if path.name not in written)
+    if others:
+        raise FileExistsError(
+            f"{out} holds {', '.join(others[:3])} beside an earlier export, which is replaced as a whole; move that "
+            "away, or name another folder with --out."
+        )
 
 
 def _describe(network: Network, model: keras.Model, file: str, hashes: Mapping) -> dict:

@@ -195,7 +195,8 @@ class WeightedBinaryCrossentropy(keras.losses.Loss):
             absent = absent * ops.exp(self.focusing * log_present)
         terms = self._weighted(present, self.positive_weights) + self._weighted(absent, self.negative_weights)
         terms = ops.where(known, terms, ops.zeros_like(terms))
-        num_known = ops.maximum(ops.sum(ops.cast(known, terms.dtype), axis=0), 1)
+        num_known = _mean_over_devices(ops.sum(ops.cast(known, terms.dtype), axis=0))
+        num_known = ops.where(num_known > 0, num_known, ops.ones_like(num_known))
         return ops.cast(ops.shape(terms)[0], terms.dtype) * ops.sum(terms / num_known, axis=-1)
 
     def _weighted(self, terms, weights):
@@ -278,12 +279,22 @@ class GradedCrossentropy(keras.losses.Loss):
         weights = ops.where(known, weights, ops.zeros_like(weights))
         terms = -weights * ops.sum(chosen * ops.log_softmax(logits, axis=-1), axis=-1)
         terms = ops.where(ops.cast(grades, y_true.dtype) == y_true, terms, np.nan)
-        total = ops.sum(weights)
+        total = _mean_over_devices(ops.sum(weights))
         batch_size = ops.cast(ops.shape(terms)[0], terms.dtype)
         return batch_size * ops.sum(terms, axis=-1) / ops.where(total > 0, total, ops.ones_like(total))
 
     def get_config(self):
         return {**super().get_config(), "class_weights": self.class_weights}
+
+
+def _mean_over_devices(values):
+    """Average numbers of a batch's parts where TensorFlow has shared it out; other backends see a batch whole.
+
+    What a loss is divided by so is of the whole batch, and the sum of the parts' gradients is that of one device.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return values
+    return ops.moments(values[None], axes=[0], synchronized=True)[0]
 
 
 def _label_weights(name, weights):

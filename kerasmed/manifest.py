@@ -34,7 +34,7 @@ _MISFITS = (
         "write it in its shortest form, as in folder/image.png",
     ),
 )
-# Any path that is wrong has one of these, between two slashes, or is blank or not in UTF-8; so have some that are right.
+# Any path that is wrong has one of these, between slashes, or is blank or not in UTF-8; so have some that are right.
 _SIGNS = ("\0", "\\", "//", "/.", "/~", ":/")
 
 

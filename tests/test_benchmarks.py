@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -111,7 +112,7 @@ def test_multiply_adds_of_vgg19_are_those_published():
 
 @pytest.mark.slow
 def test_measured_network_predicts_as_the_plain_one_and_has_rates():
-    rows = list(gpu.measured("MobileNetV2", 2, precision="float32", size=(32, 32), steps=1))
+    rows = list(gpu.measured("VGG19", 2, precision="float32", size=(32, 32), steps=1))
     assert [(row.mode, row.batch) for row in rows] == [("inference", 2), ("training", 2)]
     assert all(row.ours > 0 and row.plain > 0 for row in rows)
     assert rows[1].operations == 3 * rows[0].operations
@@ -175,7 +176,9 @@ def test_gpu_rate_says_what_does_not_fit_and_lets_other_errors_out():
     def broken():
         raise RuntimeError("no such layer")
 
-    assert gpu.rate({"ours": full}, 1, count=5) is None
+    assert gpu.rate({"ours": full}, 1, count=5) == {"ours": None}
+    found = gpu.rate({"ours": lambda: time.sleep(0.001), "plain": full}, 1, count=5)
+    assert found["plain"] is None and 0 < found["ours"] < 1000
     with pytest.raises(RuntimeError, match="no such layer"):
         gpu.rate({"ours": broken}, 1, count=5)
 
@@ -192,17 +195,35 @@ def test_gpu_table_states_device_rates_and_share_of_peak():
     rows = [
         gpu.Row("VGG19", "training", 32, 1000.0, 800.0, 98.9e9),
         gpu.Row("VGG19", "training", 512, None, None, 98.9e9),
+        gpu.Row("VGG19", "inference", 512, None, 700.0, 98.9e9),
         gpu.Row(gpu.VOLUMES, "inference", 1, 10.0, None, 1e12),
     ]
     text = gpu.table(rows, machine, (12000.0, 12.0))
     assert "NVIDIA H200, compute capability 9.0; backend jax, mixed_bfloat16, keras 3.15.1, jax 0.10.2;" in text
     assert "| VGG19 | training | 32 | 1000 | 800 | 1.25 | 98.9 | 10.0% |" in text
-    assert "| VGG19 | training | 512 | does not fit |" in text
+    assert "| VGG19 | training | 512 | does not fit | – |" in text
+    assert "| VGG19 | inference | 512 | does not fit | 700 |" in text
     assert (
         "| MedicalNet-152 | inference | 1 | 10 | – | – | 10 | 1.0% |" in text and "12 times what the quickest" in text
     )
     unknown = gpu.table(rows, machine | {"devices": ["Some GPU"]}, None)
     assert "not known" in unknown and "12 times" not in unknown
+
+
+def test_peak_is_that_of_the_form_a_gpu_has():
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "Tesla V100-PCIE-16GB", "NVIDIA A10G")
+    assert [gpu.peak_of(name) for name in names] == [989, 756, 835, 112, None]
+
+
+def test_gpu_page_is_written_of_all_networks_and_some_are_shown(capsys, monkeypatch, tmp_path):
+    machine = {"devices": ["NVIDIA L4"], "backend": "jax", "precision": "float32", "commit": "abc", "cpu_count": 4}
+    monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results_gpu.md")
+    monkeypatch.setattr(environment, "setup", lambda **_: {**machine, "versions": {}})
+    monkeypatch.setattr(gpu, "measured", lambda name, batch, **_: [gpu.Row(name, "inference", batch, 5.0, 4.0, 1e9)])
+    assert gpu.main(["VGG19", "--batch", "64"]) == 0
+    assert "| VGG19 | inference | 64 | 5 | 4 | 1.25 |" in capsys.readouterr().out and not gpu.RESULTS.exists()
+    assert gpu.main([]) == 0 and "| MedicalNet-152 | inference | 4 |" in gpu.RESULTS.read_text()
 
 
 def test_gpu_without_one_measures_and_writes_nothing(capsys, monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ if backend == "tensorflow" and parts > 1:
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], logical)
 import keras
 import numpy as np
-from kerasmed import environment, images as files, models, pipelines, training
+from kerasmed import environment, images as files, losses, models, pipelines, training
 
 devices = [f"CPU:{number}" for number in range(parts)]
 machine = environment.setup(seed=0, devices=devices)
@@ -51,11 +51,29 @@ with tempfile.TemporaryDirectory() as folder:
     for number in range(5):
         files.cv2.imwrite(f"{folder}/{number}.png", images[valid[number]])
     table = pipelines.predict_files(folder, [(model, ["a", "b", "c"])], image_size=(16, 16))
+# Losses that divide by what a batch holds, of which the two devices have unlike numbers.
+learnt = {}
+for loss, shape in ((losses.GradedCrossentropy([1, 2, 4]), (4, 3)), (losses.WeightedBinaryCrossentropy(), (12,))):
+    environment.fresh(0)
+    image = keras.Input((16, 16, 1), dtype="uint8", name="image")
+    dense = keras.layers.Dense(12)(keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(image)))
+    linear = keras.Model(image, keras.layers.Softmax()(keras.layers.Reshape(shape, name="logits")(dense)))
+    told = rng.integers(0, 3 if len(shape) == 2 else 2, (93, shape[0])).astype("float32")
+    told[rng.random(told.shape) < 0.8] = np.nan
+    batches = lambda first: pipelines.training_dataset(
+        images, train, told[train], batch_size=20, seed=0, first_epoch=first
+    )
+    measured = pipelines.evaluation_dataset(images, valid[:32], told[valid[:32]], batch_size=16)
+    with tempfile.TemporaryDirectory() as folder:
+        course = training.fit(
+            linear, batches, measured, folder=folder, steps_per_epoch=3, epochs=2, learning_rate=1e-3, loss=loss
+        )
+    learnt[loss.name] = course[["loss", "val_loss"]].to_numpy().tolist()
 norms = [layer.synchronized for layer in trunk.layers if isinstance(layer, keras.layers.BatchNormalization)]
 print(json.dumps({
     "replicas": machine["replicas"], "history": history[["loss", "val_loss", "accuracy"]].to_numpy().tolist(),
     "predicted": model.predict(asked, verbose=0).tolist(), "loaded": saved.predict(asked, verbose=0).tolist(),
-    "synchronized": norms, "files": table[["p_a", "p_b", "p_c"]].to_numpy().tolist(),
+    "learnt": learnt, "synchronized": norms, "files": table[["p_a", "p_b", "p_c"]].to_numpy().tolist(),
 }))
 """
 
@@ -75,6 +93,8 @@ def test_training_on_two_devices_equals_that_on_one(backend):
     assert (one["replicas"], two["replicas"]) == (1, 2)
     # Sums are taken in another order.
     np.testing.assert_allclose(two["history"], one["history"], rtol=2e-4)
+    for name, history in one["learnt"].items():
+        np.testing.assert_allclose(two["learnt"][name], history, rtol=2e-4, err_msg=name)
     np.testing.assert_allclose(two["predicted"], one["predicted"], atol=1e-3)
     np.testing.assert_allclose(two["loaded"], two["predicted"], atol=1e-6)
     np.testing.assert_allclose(two["files"], two["predicted"][:5], atol=1e-6)
@@ -84,6 +104,19 @@ def test_training_on_two_devices_equals_that_on_one(backend):
 def test_strategy_of_one_device_is_none():
     first = environment._device_names()[0]
     assert environment.strategy() is None and environment.strategy([first]) is None and environment.strategy([]) is None
+
+
+def test_strategy_auto_takes_all_gpus_where_the_backend_shares_batches(monkeypatch):
+    monkeypatch.setattr(environment, "_device_names", lambda: ["GPU:0", "GPU:1", "CPU:0"])
+    monkeypatch.setattr(environment, "_data_parallel", lambda names: names)
+    monkeypatch.setattr(environment, "backend", lambda: "jax")
+    assert environment.strategy() == ["gpu:0", "gpu:1"]
+    monkeypatch.setattr(environment, "backend", lambda: "torch")
+    assert environment.strategy() is None
+    tf = pytest.importorskip("tensorflow")
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda names: names)
+    monkeypatch.setattr(environment, "backend", lambda: "tensorflow")
+    assert environment.strategy() == ["GPU:0", "GPU:1"]
 
 
 def test_strategy_of_a_single_device_that_is_not_the_default_is_refused(monkeypatch):

@@ -24,10 +24,11 @@ from kerasmed.data_commands import ROOT_OPTIONS, usage
 def export(run, format_, out, data_root, models_root, unchecked):
     """Write the networks of RUN, a complete run's folder or its name, for use without Keras.
 
-    Each network is asked some images of the run's test split, before and after: where answers differ by more than
-    0.0001, nothing is written. Beside the networks lie parity.json with what was found, preprocessing.json with how
-    images are read, and model_card.md: data, training, figures, limits, and code that runs. A network that is not the
-    one that the run's figures were measured with is refused. onnx and litert need the extra `export`.
+    Each network is asked some images of the run's test split, before and after: where probabilities differ by more
+    than 0.0001, or features by more than that share of the largest, nothing is written. Beside the networks lie
+    parity.json with what was found, preprocessing.json with how images are read, and model_card.md: data, training,
+    figures, limits, and code that runs. A network that is not the one that the run's figures were measured with is
+    refused. onnx and litert need the extra `export`.
     """
     from kerasmed import environment, paths, runs
     from kerasmed import export as exports

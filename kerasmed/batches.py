@@ -52,7 +52,9 @@ def numbered_dataset(make: Callable[[int], object], empty, *, first: int = 0, co
     """Make a dataset of what a function makes of a batch's number, two batches at once and two ahead.
 
     Args:
-        make: number -> nested dicts and tuples of arrays; called from several threads.
+        make: number -> nested dicts and tuples of arrays; called from several threads. TensorFlow takes the memory of
+            an array that is aligned, and may write into it (a loss that puts 0 in place of NaN, on two devices, did):
+            a view of what is read again is not to be handed out.
         empty: a batch of no rows, nested alike, for types and shapes: an axis of length 0 is of any length.
         first: number of the first batch.
         count: of batches; None for no end.

@@ -445,7 +445,7 @@ def evaluation_dataset(
     """
 
     def make(index):
-        here = slice(index * batch_size, (index + 1) * batch_size)
+        here = np.arange(index * batch_size, min((index + 1) * batch_size, len(rows)))  # of a slice it would be a view
         return _parts(_inputs(images_[rows[here]][..., None], beside, rows[here]), targets, weights, here)
 
     empty = _empty(images_, rows, targets, beside=beside, weights=weights)

@@ -120,3 +120,25 @@ print("done")
 def test_numbered_dataset_without_tensorflow_that_is_under_way_does_not_keep_python_from_ending():
     done = subprocess.run([sys.executable, "-c", _ENDS], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.data serves TensorFlow alone")
+def test_batches_share_no_memory_with_what_they_are_made_of():
+    """TensorFlow may write into what it was handed: a loss then changed the targets of the next epoch."""
+
+    def aligned():  # of other memory TensorFlow makes a copy
+        room = np.zeros(64 * 16 * 4 + 64, np.uint8)
+        return room[-room.ctypes.data % 64 :][: 64 * 16 * 4].view(np.float32).reshape(64, 4, 4)
+
+    kept = {name: aligned() for name in ("images", "targets", "beside")}
+    weights, rows = aligned()[:, 0, 0], np.arange(64)
+    options = {"batch_size": 32, "weights": weights, "beside": {"age": kept["beside"]}}
+    one = pipelines.training_dataset(kept["images"], rows, kept["targets"], seed=0, **options).take(2)
+    other = pipelines.evaluation_dataset(kept["images"], rows, kept["targets"], **options)
+    found = [tuple(keras.tree.flatten(each)) for each in (*one, *other)]
+    before = [[part.numpy().copy() for part in parts] for parts in found]
+    for array in (*kept.values(), weights):
+        array[:] = -1
+    assert len(found) == 4
+    for parts, values in zip(found, before):
+        assert len(parts) == 4 and all(map(np.array_equal, parts, values))
